@@ -1,0 +1,202 @@
+"""Loading by whole batches: an order that depends only on its key, ranks that share it, and exact resumption.
+
+A `Dataset` for these loaders gathers a batch at once: `dataset[Draw(indices, key)]`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sized
+
+_MASK = (1 << 64) - 1
+
+
+class Draw(NamedTuple):
+    """What a `KeyedSampler` asks of a dataset.
+
+    Attributes:
+        indices: int64 `(batch,)`.
+        key: What random numbers of these samples depend on, together with the index: the same in every worker, on
+            every rank and in a resumed run.
+    """
+
+    indices: Tensor
+    key: int
+
+
+def mix(*keys: int) -> int:
+    """Hash integers to one in `[0, 2**63)`: SplitMix64's finaliser after each key."""
+    state = 0
+    for key in keys:
+        state = (state + (key & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def keyed_uniform(key: int, indices: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float64, of the shape of `indices`; each depends on the key and its index alone."""
+    state = indices.numpy().astype(np.uint64) + np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15), (29, 1)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def run_seed(seed: int | None) -> int:
+    """The seed given, or else the one of Lightning's `seed_everything`, or else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+class KeyedSampler(DistributedSampler[Draw]):
+    """Whole batches of indices, in an order that is a function of the seed and the epoch alone.
+
+    The ranks cut one common order: rank r takes rows `[r * batch_size, (r + 1) * batch_size)` of every global batch of
+    `world * batch_size` indices, so that two processes with `batch_size` see what one with twice of it sees. It is a
+    `DistributedSampler` so that Lightning leaves it in place.
+
+    Args:
+        size: Number of samples, or anything that has a length.
+        batch_size: Batch size of one process.
+        shuffle: Whether to draw a new order in every epoch.
+        order: int64 `(size,)`, the order without shuffling; that of the dataset by default.
+        equal: Whether the last batch is equally long on all ranks, as gradients averaged over ranks need it: up to
+            `world - 1` samples are left out of an epoch (others in the next, as the order changes). Otherwise every
+            sample is there once, and the last batches differ by one sample, or are missing on some ranks.
+        seed: Key of the order.
+        num_replicas: Number of processes; by default that of `torch.distributed`, or 1.
+        rank: This process; by default that of `torch.distributed`, or 0.
+
+    Raises:
+        ValueError: If there are fewer samples than processes, or the batch size is not positive.
+    """
+
+    def __init__(
+        self,
+        size: int | Sized,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        order: Tensor | None = None,
+        equal: bool = False,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        size = size if isinstance(size, int) else len(size)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        world = (torch.distributed.get_world_size() if distributed else 1) if num_replicas is None else num_replicas
+        rank = (torch.distributed.get_rank() if distributed else 0) if rank is None else rank
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if size < world:
+            raise ValueError(f"{size} samples cannot be shared by {world} processes: each needs at least one")
+        super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.size, self.batch_size, self.order, self.equal = size, batch_size, order, equal
+        self.first_batch = 0
+
+    @property
+    def left_out(self) -> int:
+        """Samples that no rank sees in an epoch."""
+        return self.size % (self.num_replicas * self.batch_size) % self.num_replicas if self.equal else 0
+
+    def _slice(self, start: int) -> tuple[int, int]:
+        """Bounds of this rank's part of the global batch at `start`."""
+        count = min(self.size - start, self.num_replicas * self.batch_size)
+        share, rest = divmod(count, self.num_replicas)
+        if self.equal:
+            rest = 0
+        low = start + self.rank * share + min(self.rank, rest)
+        return low, low + share + (self.rank < rest)
+
+    def __len__(self) -> int:
+        """Number of batches of this rank."""
+        full, rest = divmod(self.size, self.num_replicas * self.batch_size)
+        if not rest:
+            return full
+        low, high = self._slice(full * self.num_replicas * self.batch_size)
+        return full + (high > low)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Batches of the epoch from `first_batch` on.
+
+        What it yields is fixed here: a later `set_epoch` changes the next iteration only.
+        """
+        return self._batches(mix(self.seed, self.epoch), self.first_batch)
+
+    def _batches(self, key: int, first_batch: int) -> Iterator[Draw]:
+        order = self.order
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(key))
+        elif order is None:
+            order = torch.arange(self.size)
+        for batch in range(first_batch, len(self)):
+            low, high = self._slice(batch * self.num_replicas * self.batch_size)
+            yield Draw(order[low:high], key)
+
+
+def _as_is(batch: Any) -> Any:
+    # A named function: worker processes must find it.
+    return batch
+
+
+class BatchLoader(DataLoader[Any]):
+    """A loader of ready batches that continues in the middle of an epoch.
+
+    Lightning stores `state_dict` of the training loader in its checkpoints.
+
+    Args:
+        dataset: Takes a `Draw` in `__getitem__` and returns a batch.
+        sampler: Order and cut of the batches.
+        kwargs: Further arguments of `torch.utils.data.DataLoader`.
+    """
+
+    sampler: KeyedSampler
+
+    def __init__(self, dataset: Dataset[Any], *, sampler: KeyedSampler, **kwargs: Any) -> None:
+        given = {"batch_size": None, "collate_fn": _as_is, **kwargs}
+        super().__init__(dataset, sampler=sampler, **given)
+        self._restored = (-1, 0)  # epoch, and batches of it that an earlier run has had
+        self._epoch = sampler.epoch  # that of the newest iterator
+        self._had = 0  # batches of that epoch that were handed out, those of an earlier run included
+        if self.num_workers == 0:
+            # Gathering a batch takes less than sending it from one process to another.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches of the sampler's epoch, from where a restored state says."""
+        # The inner iterator is made now, not at the first batch: it belongs to the epoch that the sampler has now.
+        self._epoch = self.sampler.epoch
+        restored_epoch, batches = self._restored
+        self._had = batches if restored_epoch == self._epoch else 0
+        self.sampler.first_batch = self._had
+        iterator = super().__iter__()
+        self.sampler.first_batch = 0
+        return self._count(iterator)
+
+    def _count(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        for batch in iterator:
+            # Only now is the restored position used up: an iterator that nobody draws from must not lose it.
+            self._restored = (-1, 0)
+            self._had += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches of it that were handed out; after the last batch, the start of the next epoch."""
+        if self._had >= len(self):
+            return {"epoch": self._epoch + 1, "batches": 0}
+        return {"epoch": self._epoch, "batches": self._had}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the position of `state`."""
+        self.sampler.set_epoch(state["epoch"])
+        self._restored = (state["epoch"], state["batches"])

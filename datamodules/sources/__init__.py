@@ -1,0 +1,1 @@
+"""Reading, checking and downloading of real sets, and the embedded samples."""

@@ -1,0 +1,257 @@
+"""Sequences from a person's own files: CSV, Parquet or the two-file format, and data frames."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from datamodules.sources.interactions import Interactions, Ints, offsets_of
+from datamodules.sources.sequence_text import MILLISECONDS, check_text, read_bytes, read_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+Columns = tuple[str, str, "str | None"]
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_path(
+    path: Path, time_path: str | None, columns: Columns, reindex: bool, sort: bool, drop_duplicates: bool
+) -> Interactions:
+    """Read a file in the format that its name ends in.
+
+    Args:
+        path: `.txt` (two-file format), `.csv`, `.tsv`, each also with `.gz`, or `.parquet`.
+        time_path: Time file of the two-file format.
+        columns: Names of the columns of users, items and times (None: no times) of a table.
+        reindex: Whether item ids of the two-file format that are not 1..V get new ones.
+        sort: Whether decreasing times are allowed in the two-file format.
+        drop_duplicates: Whether repeated rows of a table are dropped.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is malformed.
+    """
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind == ".txt":
+        partner = _time_partner(path) if time_path is None else Path(time_path)
+        return read_sequences(path, partner, reindex=reindex, sort=sort)
+    if kind not in (*_SEPARATORS, ".parquet"):
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected .txt, .csv or .tsv (also with .gz), or .parquet")
+    if time_path is not None:
+        raise ValueError(f"time_path={time_path} belongs to a .txt item file; in {path} times are a column")
+    if kind == ".parquet":
+        return from_frame(_read_parquet(path, columns), columns, drop_duplicates, str(path))
+    return from_frame(_read_csv(path, _SEPARATORS[kind], columns), columns, drop_duplicates, str(path), "line", 2)
+
+
+def _time_partner(path: Path) -> Path | None:
+    """The time file beside an item file, by its name."""
+    if "_item" not in path.name:
+        return None
+    head, _, tail = path.name.rpartition("_item")
+    for name in (f"{head}_time{tail}", f"{head}_time{tail}.gz", f"{head}_time{tail}".removesuffix(".gz")):
+        if (path.parent / name).is_file():
+            return path.parent / name
+    log.warning("%s: no time file %s_time%s beside it, the data has no times; name it in time_path", path, head, tail)
+    return None
+
+
+def _check_columns(path: str, present: list[str], columns: Columns) -> None:
+    for role, name in zip(("user_column", "item_column", "time_column"), columns, strict=True):
+        if name is not None and name not in present:
+            more = ", or time_column=None for data without times" if role == "time_column" else ""
+            raise ValueError(f"{path} has no column {name!r}, only {', '.join(map(repr, present))}: set {role}{more}")
+
+
+def _read_csv(path: Path, separator: str, columns: Columns) -> pd.DataFrame:
+    content = read_bytes(path).rstrip()
+    check_text(path, content)
+    # Ids are text: 007 must not become 7, nor NA a missing value. A blank line must show, hence no skipping.
+    ids: dict[Any, Any] = {columns[0]: "str", columns[1]: "str"}
+    read: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
+    try:
+        header = pd.read_csv(io.BytesIO(content), nrows=0, **read)
+        _check_columns(str(path), [str(name) for name in header.columns], columns)
+        wanted = [name for name in columns if name is not None]
+        frame: pd.DataFrame = pd.read_csv(
+            io.BytesIO(content), dtype=ids, usecols=wanted, skip_blank_lines=False, index_col=False, **read
+        )
+    except pd.errors.ParserError as error:
+        detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise ValueError(f"{path}: {detail}; every line needs as many fields as the header") from error
+    return frame
+
+
+def _read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(str(path), file.schema_arrow.names, columns)
+            frame: pd.DataFrame = file.read(columns=[name for name in columns if name is not None]).to_pandas()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is truncated or no Parquet file ({error}): copy it again") from error
+    return frame
+
+
+def from_frame(
+    frame: pd.DataFrame,
+    columns: Columns,
+    drop_duplicates: bool,
+    name: str,
+    unit: str = "row",
+    first: int = 0,
+) -> Interactions:
+    """Sequences of a table with one row per interaction; users and items get ids in the order of their labels.
+
+    Args:
+        frame: The table, in any order; without times, the order of the rows is that of the interactions.
+        columns: Names of the columns of users, items and times (None: no times).
+        drop_duplicates: Whether rows that repeat user, item and time are dropped instead of refused.
+        name: What the table is called in messages.
+        unit: What a row is called in messages.
+        first: Number of the first row in messages.
+
+    Raises:
+        ValueError: If a column or a value is missing, of the wrong type, or repeated.
+    """
+    _check_columns(name, [str(column) for column in frame.columns], columns)
+    if frame.empty:
+        raise ValueError(f"{name} has no rows, expected one per interaction")
+
+    def where(row: int) -> str:
+        return f"{name} {unit} {row + first}"
+
+    for column in columns:
+        if column is not None and (absent := frame[column].isna().to_numpy()).any():
+            raise ValueError(f"{where(int(np.argmax(absent)))}: {column} is empty")
+    user_codes, user_labels = _encode(frame[columns[0]], where)
+    item_codes, item_labels = _encode(frame[columns[1]], where)
+    times = None if columns[2] is None else _seconds(frame[columns[2]], where)
+    if times is not None:
+        repeated = pd.DataFrame({"user": user_codes, "item": item_codes, "time": times}).duplicated().to_numpy()
+        if repeated.any() and not drop_duplicates:
+            row = int(np.argmax(repeated))
+            raise ValueError(
+                f"{where(row)}: user {user_labels[user_codes[row]]}, item {item_labels[item_codes[row]]}, time "
+                f"{times[row]} was there before ({int(repeated.sum())} such rows); drop_duplicates=True drops them"
+            )
+        if repeated.any():
+            log.info("%s: dropped %d of %d rows that repeat another", name, int(repeated.sum()), len(repeated))
+            user_codes, item_codes, times = user_codes[~repeated], item_codes[~repeated], times[~repeated]
+    order = np.argsort(user_codes, kind="stable") if times is None else np.lexsort((times, user_codes))
+    return Interactions(
+        (item_codes[order] + 1).astype(np.int32),
+        None if times is None else times[order],
+        offsets_of(np.bincount(user_codes, minlength=len(user_labels))),
+        item_labels,
+        user_labels,
+        name,
+    )
+
+
+def _encode(column: pd.Series[Any], where: Callable[[int], str]) -> tuple[Ints, NDArray[Any]]:
+    """Codes from 0 in the order of the labels, and the labels: integers, or else strings."""
+    if pd.api.types.is_float_dtype(column.dtype):
+        values = column.to_numpy(dtype=np.float64)
+        if (broken := values != np.floor(values)).any():
+            row = int(np.argmax(broken))
+            raise ValueError(f"{where(row)}: {column.name} {values[row]} is not an integer or a text")
+        column = column.astype(np.int64)
+    if pd.api.types.is_integer_dtype(column.dtype):
+        labels, codes = np.unique(column.to_numpy(dtype=np.int64), return_inverse=True)
+        return codes, labels
+    codes, uniques = pd.factorize(column.astype(str), sort=True)
+    return codes.astype(np.int64), np.asarray(uniques, dtype=object)
+
+
+def _seconds(column: pd.Series[Any], where: Callable[[int], str]) -> Ints:
+    """Unix seconds of a column of numbers, dates or texts of either."""
+    if not pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_datetime64_any_dtype(column.dtype):
+        numbers = pd.to_numeric(column, errors="coerce")
+        if numbers.isna().any():
+            numbers = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
+        if (broken := numbers.isna().to_numpy()).any():
+            row = int(np.argmax(broken))
+            raise ValueError(
+                f"{where(row)}: {column.name} {column.iloc[row]!r} is neither Unix seconds nor a date like 2020-01-31"
+            )
+        column = numbers
+    if pd.api.types.is_datetime64_any_dtype(column.dtype):
+        if getattr(column.dtype, "tz", None) is not None:
+            column = column.dt.tz_convert("UTC").dt.tz_localize(None)
+        return column.to_numpy().astype("datetime64[s]").astype(np.int64)
+    values = column.to_numpy()
+    for broken, what in (
+        (values != np.floor(values), "is not an integer, expected Unix seconds"),
+        (values < 0, "is negative, expected Unix seconds"),
+        (values > MILLISECONDS, "looks like milliseconds, expected Unix seconds: divide by 1000"),
+    ):
+        if broken.any():
+            row = int(np.argmax(broken))
+            raise ValueError(f"{where(row)}: {column.name} {values[row]} {what}")
+    return values.astype(np.int64)
+
+
+class MappedSequences(NamedTuple):
+    """Sequences of other data in the ids of the training data.
+
+    Attributes:
+        item_ids: int32 `(interactions,)`, known items only.
+        starts: int64 `(rows,)`, where each sequence begins.
+        lengths: int64 `(rows,)`, its items without the last one, which is the target.
+        users: int64 `(rows,)`, row of the user in the training data, or -1.
+    """
+
+    item_ids: NDArray[np.int32]
+    starts: Ints
+    lengths: Ints
+    users: Ints
+
+
+def map_to(other: Interactions, train: Interactions) -> MappedSequences:
+    """Give sequences the ids of the training data.
+
+    Items that are unknown there are left out of the histories. A user whose last item is unknown, or who has no known
+    item before it, cannot be ranked and is left out. All of it is counted in the log.
+
+    Raises:
+        ValueError: If no user is left.
+    """
+    new_ids = pd.Index(train.item_labels.astype(str)).get_indexer(pd.Index(other.item_labels.astype(str))) + 1
+    item_ids = new_ids[other.item_ids - 1]
+    known = item_ids > 0
+    target_known = known[other.offsets[1:] - 1]
+    known_before = np.add.reduceat(known.astype(np.int64), other.offsets[:-1]) - target_known
+    kept = target_known & (known_before > 0)
+    users = pd.Index(train.user_labels.astype(str)).get_indexer(pd.Index(other.user_labels.astype(str)))
+    if not kept.any():
+        raise ValueError(
+            f"{other.name}: none of {len(kept)} users can be tested: a user needs a last item and one before it that "
+            f"{train.name} knows ({int((new_ids == 0).sum())} of {len(new_ids)} items are unknown)"
+        )
+    log.info(
+        "%s: %d users to test; unknown to the training data are %d of %d items (%d interactions left out) and %d of %d "
+        "users; left out are %d users whose last item is unknown and %d without a known item before it",
+        other.name, int(kept.sum()), int((new_ids == 0).sum()), len(new_ids), int((~known).sum()),
+        int((users < 0).sum()), len(users), int((~target_known).sum()), int((target_known & ~kept).sum()),
+    )  # fmt: skip
+    lengths = (known_before + 1)[kept]
+    taken = known & np.repeat(kept, other.lengths)
+    return MappedSequences(
+        item_ids[taken].astype(np.int32), offsets_of(lengths)[:-1], lengths - 1, users[kept].astype(np.int64)
+    )

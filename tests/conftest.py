@@ -1,0 +1,89 @@
+"""Settings that must hold before torch is imported, and fixtures for all tests."""
+
+import os
+
+# Forked processes hang for ever when the parent has used OpenMP threads; nothing here may reach for a network.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+# Lightning itself calls what jsonargparse has deprecated.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+os.environ.pop("ZOO_DEBUG", None)
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from zoo.common.cli import ZooCLI
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests on real data where there is none."""
+    data = os.environ.get("ZOO_DATA")
+    if data and Path(data).is_dir():
+        return
+    reason = pytest.mark.skip(reason=f"real data: ZOO_DATA names no folder ({data or 'not set'})")
+    for item in items:
+        if "real" in item.keywords:
+            item.add_marker(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("caches")
+    os.environ["HF_HOME"] = str(folder / "huggingface")
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
+    os.environ["WANDB_DIR"] = str(folder)
+    os.environ["WANDB_CACHE_DIR"] = str(folder / "wandb")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., "ZooCLI"]:
+    """`run("test", "--config", ...)` does what `train.py` does, in this process, with its runs under `tmp_path`."""
+    import train
+
+    def call(*arguments: str) -> "ZooCLI":
+        line = ["train.py", *map(str, arguments)]
+        if "--trainer.default_root_dir" not in line:
+            line += ["--trainer.default_root_dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", line)
+        cli = train.main()
+        assert cli is not None
+        return cli
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused(2, "--model", "Nope")` expects that exit status and returns the one paragraph on stderr."""
+
+    def call(status: int, *arguments: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            run(*arguments)
+        error = capsys.readouterr().err
+        assert exit_info.value.code == status, error
+        paragraph = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert len(paragraph) == 1, error
+        assert "Traceback" not in error
+        assert error.endswith(paragraph[0] + "\n"), error
+        return paragraph[0].removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _restored_filters() -> Iterator[None]:
+    """The command line silences warnings for its process; the next test must see them again."""
+    with warnings.catch_warnings():
+        yield

@@ -1,0 +1,84 @@
+"""Two processes compute what one does at the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.methods import METHODS, TOY, Method
+
+TWO = ("--trainer.strategy", "ddp_fork", "--trainer.devices", "2")
+pytestmark = pytest.mark.filterwarnings("ignore:.*it is recommended to use `Trainer\\(devices=1")
+
+
+def halved(method: Method) -> tuple[str, ...]:
+    return ("--data.batch_size", str(method.batch_size // 2))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_two_processes_score_the_same_weights_alike(run, method: Method):
+    one = run(*method.command, "--trainer.max_epochs", "1")
+    path = next(path for name in ("best.ckpt", "last.ckpt") if (path := one.run_folder / name).exists())
+    two = run("test", *method.command, *halved(method), *TWO, "--ckpt_path", str(path))
+    assert two.trainer.num_devices == 2
+    expected, actual = one.trainer.callback_metrics, two.trainer.callback_metrics
+    assert expected.keys() == actual.keys() and expected
+    for name, value in expected.items():
+        # Sums of the same numbers in another order.
+        assert float(actual[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_two_processes_take_the_same_first_step(run, tmp_path, method: Method):
+    def first_step(name: str, *arguments: str) -> list[dict[str, torch.Tensor]]:
+        folder = tmp_path / name
+        recorder = ("--trainer.callbacks+=tests.callbacks.GradientRecorder", f"--trainer.callbacks.folder={folder}")
+        steps = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
+        run("fit", *method.command, *method.no_dropout, *steps, *recorder, *arguments)
+        return [torch.load(path) for path in sorted(folder.iterdir())]
+
+    (one,) = first_step("one")
+    two = first_step("two", *halved(method), *TWO)
+    assert len(two) == 2 and one.keys() == two[0].keys() == two[1].keys()
+    for name, gradient in one.items():
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(
+            two[0][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_two_processes_end_with_one_set_of_files(run, method: Method):
+    cli = run(*method.command, *halved(method), *TWO, "--trainer.max_epochs", "1")
+    runs = list(cli.run_folder.parent.iterdir())
+    assert [path.name for path in runs] == ["version_0"]
+    assert {"config.yaml", "metrics.csv", "last.ckpt", "result.json"} <= {path.name for path in runs[0].iterdir()}
+
+
+def test_the_ddp_strategy_runs_from_the_shell(tmp_path):
+    method = METHODS[-1] if METHODS[-1] is not TOY else TOY
+    arguments = [*method.command, *halved(method), "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    arguments += ["--trainer.max_epochs", "1", "--trainer.default_root_dir", str(tmp_path)]
+    environment = {**os.environ, "MASTER_PORT": ""}
+    del environment["MASTER_PORT"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        # Ranks outlive a parent that was killed.
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    (result,) = Path(tmp_path).glob("*/version_0/result.json")
+    assert json.loads(result.read_text())["metrics"]

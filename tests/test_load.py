@@ -1,0 +1,29 @@
+"""A checkpoint is a model by itself: no data is needed to load it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils._pytree import tree_flatten
+
+from tests.methods import METHODS, Method
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_model_loaded_without_data_predicts_the_same(run, tmp_path, method: Method):
+    cli = run("fit", *method.command, "--trainer.max_epochs", "1")
+    loaded = type(cli.model).load_from_checkpoint(cli.run_folder / "last.ckpt")
+
+    def predict(model):
+        trainer = Trainer(
+            accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        # The loaders alone: nothing may come from the data module.
+        return tree_flatten(trainer.predict(model, dataloaders=cli.datamodule.predict_dataloader()))[0]
+
+    expected, actual = predict(cli.model), predict(loaded)
+    assert len(expected) == len(actual) > 0
+    for left, right in zip(expected, actual, strict=True):
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right

@@ -1,0 +1,42 @@
+"""A run that was killed and resumed ends with the weights of one that was never stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+
+import pytest
+import torch
+
+from tests.methods import METHODS, Method
+from zoo.common.checkpoints import load_checkpoint
+
+
+@pytest.mark.parametrize("batch", [0, 3], ids=["between epochs", "in mid-epoch"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, method: Method, batch: int):
+    straight = run("fit", *method.command, "--trainer.default_root_dir", str(tmp_path / "straight"))
+
+    interrupted = ("fit", *method.command, "--save_every_n_steps", "2")
+    kill = (
+        "--trainer.callbacks+=tests.callbacks.KillAt",
+        "--trainer.callbacks.epoch=1",
+        f"--trainer.callbacks.batch={batch}",
+    )
+    process = multiprocessing.get_context("fork").Process(target=run, args=(*interrupted, *kill))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+    last = next((tmp_path / "runs" / method.name).glob("*/last.ckpt"))
+    steps = straight.trainer.global_step // 2
+    # Mid-epoch, the kill came one step after the last save: that step is trained on again.
+    done = load_checkpoint(last)["global_step"]
+    assert done == steps if batch == 0 else steps < done <= steps + batch
+
+    resumed = run(*interrupted, "--ckpt_path", "last")
+    assert resumed.trainer.global_step == straight.trainer.global_step
+    expected, actual = straight.model.state_dict(), resumed.model.state_dict()
+    assert expected.keys() == actual.keys()
+    different = [name for name in expected if not torch.equal(expected[name], actual[name])]
+    assert not different

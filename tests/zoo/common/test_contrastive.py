@@ -1,0 +1,157 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
+
+from tests.ranks import run_ranks
+from zoo.common.contrastive import info_nce, nt_xent, nt_xent_from_similarity
+
+Loss = Callable[..., Tensor]
+
+
+def views(batch: int, seed: int = 0, shape: tuple[int, ...] = (6,)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, batch, *shape, generator=generator, dtype=torch.float64)
+    return first, second
+
+
+def brute_force_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> float:
+    rows = [row.flatten().tolist() for row in (*z1, *z2)]
+    total = 0.0
+    for i, anchor in enumerate(rows):
+        positive = (i + len(z1)) % len(rows)
+        exponentials = {
+            j: math.exp(sum(a * b for a, b in zip(anchor, row, strict=True)) / temperature)
+            for j, row in enumerate(rows)
+            if j != i
+        }
+        total -= math.log(exponentials[positive] / sum(exponentials.values()))
+    return total / len(rows)
+
+
+def brute_force_info_nce(anchors: Tensor, positives: Tensor, temperature: float) -> float:
+    total = 0.0
+    for i, anchor in enumerate(anchors):
+        exponentials = [math.exp(float((anchor * positive).sum()) / temperature) for positive in positives]
+        total -= math.log(exponentials[i] / sum(exponentials))
+    return total / len(anchors)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_nt_xent_equals_the_softmax_written_out(shape: tuple[int, ...], temperature: float) -> None:
+    z1, z2 = views(4, shape=shape)
+    assert nt_xent(z1, z2, temperature).item() == pytest.approx(brute_force_nt_xent(z1, z2, temperature), rel=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_info_nce_equals_the_softmax_written_out(temperature: float) -> None:
+    anchors, positives = views(5)
+    forth = brute_force_info_nce(anchors, positives, temperature)
+    back = brute_force_info_nce(positives, anchors, temperature)
+    assert info_nce(anchors, positives, temperature).item() == pytest.approx(forth, rel=1e-10)
+    both = info_nce(anchors, positives, temperature, symmetric=True).item()
+    assert both == pytest.approx((forth + back) / 2, rel=1e-10)
+
+
+def test_nt_xent_does_not_tell_the_views_apart() -> None:
+    z1, z2 = views(5)
+    assert nt_xent(z1, z2).item() == pytest.approx(nt_xent(z2, z1).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "temperature", "batch"), [(1.0, 1.0, 4), (1.5, 0.5, 3), (2.0, 2.0, 7)])
+def test_nt_xent_of_equal_orthogonal_views_has_its_closed_form(scale: float, temperature: float, batch: int) -> None:
+    z = scale * torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q[:batch]
+    expected = math.log1p((2 * batch - 2) * math.exp(-(scale**2) / temperature))
+    assert nt_xent(z, z, temperature).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_one_sample_has_no_negatives_and_no_loss(loss: Loss) -> None:
+    z1, z2 = (z.requires_grad_() for z in views(1))
+    value = loss(z1, z2)
+    value.backward()
+    assert value.item() == 0.0
+    assert z1.grad is not None
+    assert not z1.grad.any()
+
+
+def test_similarity_computed_elsewhere_gives_the_same_loss_and_is_left_as_it_was() -> None:
+    z1, z2 = views(4)
+    similarity = torch.cat([z1, z2]) @ torch.cat([z1, z2]).T / 0.7
+    before = similarity.clone()
+    assert nt_xent_from_similarity(similarity).item() == pytest.approx(nt_xent(z1, z2, 0.7).item(), rel=1e-12)
+    assert torch.equal(similarity, before)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_autocast_does_not_lower_the_precision(loss: Loss) -> None:
+    z1, z2 = (30 * z.float() for z in views(6))
+    expected = loss(z1, z2)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(z1, z2)
+    assert value.dtype == torch.float32
+    assert value.item() == expected.item()
+
+
+def test_bf16_similarity_is_summed_in_fp32() -> None:
+    similarity = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    value = nt_xent_from_similarity(similarity)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(nt_xent_from_similarity(similarity.double()).item(), rel=1e-5)
+
+
+def _loss_and_gradients(rank: int, name: str, z1: Tensor, z2: Tensor) -> tuple[float, Tensor, Tensor]:
+    batch = len(z1) // 2
+    own = slice(rank * batch, (rank + 1) * batch)
+    first, second = z1[own].clone().requires_grad_(), z2[own].clone().requires_grad_()
+    if name == "nt_xent":
+        loss = nt_xent(first, second, 0.5, gather_distributed=True)
+    else:
+        loss = info_nce(first, second, 0.5, symmetric=name == "symmetric", gather_distributed=True)
+    loss.backward()
+    assert first.grad is not None
+    assert second.grad is not None
+    # DDP averages gradients over processes.
+    return loss.item(), first.grad / 2, second.grad / 2
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "symmetric"])
+def test_two_processes_give_the_value_and_the_gradients_of_one(name: str, tmp_path: Path) -> None:
+    z1, z2 = views(6, seed=2)
+    first, second = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+    loss = nt_xent(first, second, 0.5) if name == "nt_xent" else info_nce(first, second, 0.5, name == "symmetric")
+    loss.backward()
+    values, first_parts, second_parts = zip(*run_ranks(tmp_path, _loss_and_gradients, name, z1, z2), strict=True)
+    assert sum(values) / 2 == pytest.approx(loss.item(), rel=1e-12)
+    torch.testing.assert_close(torch.cat(first_parts), first.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.cat(second_parts), second.grad, rtol=1e-10, atol=1e-12)
+
+
+def _unequal_batches(rank: int) -> None:
+    nt_xent(*views(3 + rank), gather_distributed=True)
+
+
+def test_unequal_batches_of_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProcessRaisedException, match=r"equal batches .* \[\(3, 6\), \(4, 6\)\]"):
+        run_ranks(tmp_path, _unequal_batches)
+
+
+def test_without_gathering_processes_stay_apart_and_one_process_may_ask_for_it() -> None:
+    z1, z2 = views(3)
+    assert nt_xent(z1, z2, gather_distributed=True).item() == nt_xent(z1, z2).item()
+
+
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_wrong_input_is_refused(loss: Loss) -> None:
+    z1, z2 = views(3)
+    with pytest.raises(ValueError, match=r"\(3, 6\) and \(2, 6\)"):
+        loss(z1, z2[:2])
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        loss(z1, z2, 0.0)
+    with pytest.raises(ValueError, match=r"\(5, 5\)"):
+        nt_xent_from_similarity(torch.zeros(5, 5))

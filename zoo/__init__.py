@@ -1,0 +1,62 @@
+"""Published methods as Lightning modules, and the parts they are made of.
+
+Names load on first use, so that `import zoo` costs nothing and one part does not pull in another's dependencies:
+
+>>> import zoo
+>>> zoo.MODELS["SASRec"]
+'zoo.ticoserec.sasrec'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # `as` marks a name as public for type checkers; a test holds these lines and the tables together.
+    from zoo.common.contrastive import info_nce as info_nce
+    from zoo.common.contrastive import nt_xent as nt_xent
+    from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
+    from zoo.ticoserec.augment import TiAugmenter as TiAugmenter
+    from zoo.ticoserec.augment import ViewPolicy as ViewPolicy
+    from zoo.ticoserec.encoder import SASRecEncoder as SASRecEncoder
+    from zoo.ticoserec.module import CL4SRec as CL4SRec
+    from zoo.ticoserec.module import CoSeRec as CoSeRec
+    from zoo.ticoserec.module import TiCoSeRec as TiCoSeRec
+    from zoo.ticoserec.sasrec import SASRec as SASRec
+    from zoo.ticoserec.similarity import ItemSimilarity as ItemSimilarity
+
+MODELS: dict[str, str] = {
+    "CL4SRec": "zoo.ticoserec.module",
+    "CoSeRec": "zoo.ticoserec.module",
+    "SASRec": "zoo.ticoserec.sasrec",
+    "TiCoSeRec": "zoo.ticoserec.module",
+}
+"""The LightningModules, what `train.py --model` takes, and where each is defined."""
+
+PARTS: dict[str, str] = {
+    "FullRankingMetrics": "zoo.common.ranking",
+    "ItemSimilarity": "zoo.ticoserec.similarity",
+    "SASRecEncoder": "zoo.ticoserec.encoder",
+    "TiAugmenter": "zoo.ticoserec.augment",
+    "ViewPolicy": "zoo.ticoserec.augment",
+    "info_nce": "zoo.common.contrastive",
+    "nt_xent": "zoo.common.contrastive",
+}
+"""Parts in plain torch, for use in any project, and where each is defined."""
+
+__version__ = "0.1.0"
+__all__ = [*MODELS, *PARTS]
+
+
+def __getattr__(name: str) -> Any:
+    path = MODELS.get(name) or PARTS.get(name)
+    if path is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    value = getattr(import_module(path), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

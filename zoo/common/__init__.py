@@ -1,0 +1,1 @@
+"""Parts that several methods share; none of them knows a method."""

@@ -1,0 +1,62 @@
+"""What a run says on the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class EpochLines(Callback):
+    """One line per epoch, for logs and pipes, where a progress bar would leave thousands of redrawn lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's number, time and metrics."""
+        if not trainer.is_global_zero:
+            return
+        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        metrics = "  ".join(f"{name} {_number(value)}" for name, value in sorted(trainer.callback_metrics.items()))
+        seconds = time.perf_counter() - self._started
+        print(f"epoch {trainer.current_epoch + 1}{of}  {seconds:.1f} s  {metrics}", flush=True)
+
+
+def progress_callback() -> Callback:
+    """A rich progress bar on a terminal, otherwise one line per epoch."""
+    return RichProgressBar() if sys.stdout.isatty() else EpochLines()
+
+
+def print_metrics(metrics: Mapping[str, Any], title: str) -> None:
+    """Print a table of metric names and values."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    for name in sorted(metrics, key=_natural):
+        table.add_row(name, _number(metrics[name]))
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) >= 10 else f"{number:.4g}"
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sort key that puts `hr@5` before `hr@10`."""
+    stem, _, cutoff = name.partition("@")
+    return stem, int(cutoff) if cutoff.isdigit() else 0
