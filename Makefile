@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint tables clean
 
 demo: .venv/.done
 	$(BIN)/python train.py --config configs/ticoserec/demo.yaml
@@ -14,6 +14,9 @@ lint: .venv/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tables: .venv/.done
+	$(BIN)/python -m zoo.common.tables
 
 clean:
 	rm -rf runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

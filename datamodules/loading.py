@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sized
@@ -76,6 +76,10 @@ class KeyedSampler(DistributedSampler[Draw]):
         num_replicas: Number of processes; by default that of `torch.distributed`, or 1.
         rank: This process; by default that of `torch.distributed`, or 0.
 
+    Attributes:
+        first_batch: Batches that the next iteration leaves out.
+        epoch_length: Batches after which an epoch is over, where the user of the sampler stops before its end.
+
     Raises:
         ValueError: If there are fewer samples than processes, or the batch size is not positive.
     """
@@ -103,6 +107,7 @@ class KeyedSampler(DistributedSampler[Draw]):
         super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size, self.batch_size, self.order, self.equal = size, batch_size, order, equal
         self.first_batch = 0
+        self.epoch_length = len(self)
 
     @property
     def left_out(self) -> int:
@@ -157,12 +162,17 @@ class BatchLoader(DataLoader[Any]):
     Args:
         dataset: Takes a `Draw` in `__getitem__` and returns a batch.
         sampler: Order and cut of the batches.
+        overfit_batch_size: Batch size for `Trainer(overfit_batches=...)`, which puts a sequential sampler.
         kwargs: Further arguments of `torch.utils.data.DataLoader`.
     """
 
     sampler: KeyedSampler
 
-    def __init__(self, dataset: Dataset[Any], *, sampler: KeyedSampler, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], *, sampler: KeyedSampler, overfit_batch_size: int = 128, **kwargs: Any
+    ) -> None:
+        if isinstance(sampler, SequentialSampler):
+            sampler = KeyedSampler(len(sampler), overfit_batch_size, equal=True)
         given = {"batch_size": None, "collate_fn": _as_is, **kwargs}
         super().__init__(dataset, sampler=sampler, **given)
         self._restored = (-1, 0)  # epoch, and batches of it that an earlier run has had
@@ -192,7 +202,7 @@ class BatchLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and batches of it that were handed out; after the last batch, the start of the next epoch."""
-        if self._had >= len(self):
+        if self._had >= min(len(self), self.sampler.epoch_length):
             return {"epoch": self._epoch + 1, "batches": 0}
         return {"epoch": self._epoch, "batches": self._had}
 

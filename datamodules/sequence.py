@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ from datamodules.sources.interactions import (
     limit_length,
     offsets_of,
     rank_of,
+    return_memory,
     sample_users,
     sort_by_time,
 )
+from datamodules.sources.sequence_files import read_path
 from datamodules.sources.sequence_sets import ORDERS, SETS, read_set
 
 if TYPE_CHECKING:
@@ -196,15 +199,13 @@ class SequenceData(LightningDataModule):
             from datamodules.sources.sequence_sample import sequence_sample
 
             return sequence_sample(self.sample_users)[0]
-        from datamodules.sources import sequence_tables
-
         columns = (self.user_column, self.item_column, self.time_column)
         if self._frame is not None:
-            return sequence_tables.from_frame(self._frame, columns, self.drop_duplicates, "dataframe")
+            from datamodules.sources.sequence_tables import from_frame
+
+            return from_frame(self._frame, columns, self.drop_duplicates, "dataframe")
         assert self.path is not None
-        return sequence_tables.read_path(
-            Path(self.path), self.time_path, columns, self.reindex, self.sort, self.drop_duplicates
-        )
+        return read_path(Path(self.path), self.time_path, columns, self.reindex, self.sort, self.drop_duplicates)
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -287,6 +288,25 @@ class SequenceData(LightningDataModule):
         rank[labels[inside]] = np.flatnonzero(inside)
         return rank
 
+    def state_dict(self) -> dict[str, Any]:
+        """The catalogue's fingerprint: a checkpoint's item ids mean nothing with another one."""
+        labels = "\n".join(map(str, self.interactions.item_labels.tolist()))
+        return {"source": self.source, "num_items": self.num_items, "catalogue": zlib.crc32(labels.encode())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the catalogue of a checkpoint with this one.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        own = self.state_dict()
+        if own["catalogue"] != state_dict["catalogue"]:
+            raise ValueError(
+                f"the checkpoint was trained on another catalogue: {state_dict['num_items']} items of source="
+                f"{state_dict['source']!r}, here {own['num_items']} items of source={own['source']!r}. Use the data "
+                "options of the training, and test_path for other sequences over its items"
+            )
+
     def prepare_data(self) -> None:
         """Download what is missing."""
         if self.source in SETS:
@@ -304,6 +324,7 @@ class SequenceData(LightningDataModule):
                     "are masked; mask_seen=False ranks them",
                     self.source, lost, len(rows), "test" if stage == "test" else "validation", 100 * lost / len(rows),
                 )  # fmt: skip
+        return_memory()
 
     def _history_rows(self, stage: str) -> HistoryRows:
         if stage == "test" and self.test_path:
@@ -322,14 +343,14 @@ class SequenceData(LightningDataModule):
 
     @cached_property
     def _test_rows(self) -> HistoryRows:
-        from datamodules.sources import sequence_tables
+        from datamodules.sources.sequence_tables import map_to
 
         assert self.test_path is not None
         columns = (self.user_column, self.item_column, self.time_column)
-        other = sequence_tables.read_path(Path(self.test_path), None, columns, True, self.sort, self.drop_duplicates)
+        other = read_path(Path(self.test_path), None, columns, True, self.sort, self.drop_duplicates)
         if self.sort:
             other = sort_by_time(other)
-        found = sequence_tables.map_to(other, self.interactions)
+        found = map_to(other, self.interactions)
         return HistoryRows(
             torch.from_numpy(found.item_ids),
             torch.from_numpy(found.starts),
@@ -343,6 +364,7 @@ class SequenceData(LightningDataModule):
         return BatchLoader(
             rows,
             sampler=sampler,
+            overfit_batch_size=sampler.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin_memory,
@@ -356,8 +378,12 @@ class SequenceData(LightningDataModule):
             log.info("%d of %d users are left out of each epoch, others each time, so that all processes have equal "
                      "batches", sampler.left_out, len(rows))  # fmt: skip
         if self.trainer is not None:
-            # Lightning tells the sampler its epoch only after it has made the first iterator.
-            sampler.set_epoch(self.trainer.current_epoch)
+            # Lightning tells the sampler its epoch only after it has made the first iterator. It reads
+            # `processed`, which right after an epoch's end is one ahead of `trainer.current_epoch`.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+            limit = self.trainer.limit_train_batches
+            limit = len(sampler) if limit is None else limit
+            sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
         return self._loader(rows, sampler)
 
     def _eval_loader(self, stage: str) -> BatchLoader:

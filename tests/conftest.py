@@ -56,6 +56,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., "ZooCL
         if "--trainer.default_root_dir" not in line:
             line += ["--trainer.default_root_dir", str(tmp_path / "runs")]
         monkeypatch.setattr(sys, "argv", line)
+        # A failure shows its trace.
+        monkeypatch.setenv("ZOO_DEBUG", os.environ.get("ZOO_DEBUG", "1"))
         cli = train.main()
         assert cli is not None
         return cli
@@ -64,11 +66,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., "ZooCL
 
 
 @pytest.fixture
-def refused(run: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(
+    run: Callable[..., object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """`refused(2, "--model", "Nope")` expects that exit status and returns the one paragraph on stderr."""
 
     def call(status: int, *arguments: str) -> str:
         capsys.readouterr()
+        monkeypatch.setenv("ZOO_DEBUG", "")
         with pytest.raises(SystemExit) as exit_info:
             run(*arguments)
         error = capsys.readouterr().err

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 COMMON = (
     "--trainer.accelerator", "cpu",
@@ -21,19 +24,19 @@ class Method:
         arguments: The command line that runs it, its demo config as a rule.
         small: What shortens that to a few seconds; must keep at least 6 batches of an even size and 2 epochs, and
             reach every phase of the method (warm-ups and refreshes included).
-        no_dropout: What takes away the randomness of a forward pass, for the comparison of processes.
+        exact: What makes processes and precisions comparable: no dropout, negatives of all processes.
         batch_size: Its batch size; two processes take half of it each.
-        tables: Name of a text table that a test run logs, if it logs one.
-        figures: Name of a figure that a run logs, if it logs one.
+        figures: Whether a run draws figures.
+        tables: Whether a run logs text tables.
     """
 
     name: str
     arguments: tuple[str, ...]
     small: tuple[str, ...] = ()
-    no_dropout: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
     batch_size: int = 32
-    figures: str | None = None
-    tables: str | None = None
+    figures: bool = False
+    tables: bool = False
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -45,34 +48,32 @@ class Method:
 TOY = Method(
     "ToyModel",
     ("--model", "tests.toy.ToyModel", "--data", "tests.toy.ToyData"),
-    no_dropout=("--model.dropout", "0"),
+    exact=("--model.dropout", "0"),
     batch_size=8,
 )
+
+SEQUENCES = ("--data.sample_users", "192", "--model.hidden_size", "32")
 
 METHODS = [
     TOY,
     Method(
         "SASRec",
         ("--model", "SASRec", "--data", "SequenceData"),
-        small=("--data.sample_users", "192", "--model.hidden_size", "32"),
-        no_dropout=("--model.hidden_dropout", "0", "--model.attn_dropout", "0"),
+        small=SEQUENCES,
+        exact=("--model.hidden_dropout", "0", "--model.attn_dropout", "0"),
+        figures=True,
+        tables=True,
     ),
     Method(
         "TiCoSeRec",
-        ("--model", "TiCoSeRec", "--data", "SequenceData"),
-        small=(
-            "--data.sample_users",
-            "192",
-            "--model.hidden_size",
-            "32",
-            "--model.model_warm_up_epochs",
-            "0",
-            "--model.augmentation_warm_up_epochs",
-            "0",
-        ),
-        no_dropout=("--model.hidden_dropout", "0", "--model.attn_dropout", "0"),
+        ("--config", str(CONFIGS / "ticoserec" / "demo.yaml")),
+        small=(*SEQUENCES, "--model.model_warm_up_epochs", "0", "--model.augmentation_warm_up_epochs", "0"),
+        exact=("--model.hidden_dropout", "0", "--model.attn_dropout", "0", "--model.gather_negatives", "true"),
+        figures=True,
+        tables=True,
     ),
 ]
+"""The toy comes first: where it fails, the battery is at fault and not a method."""
 
-EMBEDDED: dict[str, tuple[str, ...]] = {"SequenceData": ("--data.source", "embedded")}
+EMBEDDED: dict[str, tuple[str, ...]] = {"SequenceData": ("--data.source", "embedded", "--data.order", "auto")}
 """For each data module, what puts its embedded sample in place of real data in a config."""

@@ -20,7 +20,7 @@ def test_bf16_mixed_is_close_to_fp32(run, tmp_path, method: Method):
         run(
             "fit",
             *method.command,
-            *method.no_dropout,
+            *method.exact,
             "--trainer.precision",
             precision,
             "--trainer.max_steps",

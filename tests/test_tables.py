@@ -35,7 +35,14 @@ BENCHMARK = {
     **RUN,
     "command": "python -m benchmarks.toy",
     "cases": [
-        {"name": "epoch", "threads": 1, "reference_cpu_seconds": 50.0, "ours_cpu_seconds": 10.0, "cpu_ratio": 5.0},
+        {
+            "name": "epoch",
+            "threads": 1,
+            "reference_cpu_seconds": 50.0,
+            "ours_cpu_seconds": 10.0,
+            "cpu_ratio": 5.0,
+            "runs": [1.0, 2.0],
+        },
     ],
 }
 

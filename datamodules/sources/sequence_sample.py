@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from datamodules.sources.interactions import Interactions, Ints, offsets_of
+from datamodules.sources.interactions import Interactions, Ints, offsets_of, take_users
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,6 +60,8 @@ def sequence_sample(
     """
     rng = np.random.default_rng(seed)
     num_items = num_families * family_size
+    # A few more users than wanted: those who come out shorter than 5 are left out at the end.
+    wanted_users, num_users = num_users, num_users + num_users // 100 + 8
     steady = rng.random(num_users) < 0.3
     # Drawn longer than wanted: an item that a user had before is left out afterwards.
     wanted = np.minimum(4 + rng.geometric(0.16, num_users), 60)
@@ -109,9 +112,6 @@ def sequence_sample(
     family_of, successor = np.empty_like(flat), np.empty_like(flat)
     family_of[new_ids - 1] = flat // family_size
     successor[new_ids - 1] = new_ids[flat // family_size * family_size + (flat + 1) % family_size]
-    rows, families = rows[kept], items[kept] // family_size
-    drifts = np.zeros(len(rows), dtype=bool)
-    drifts[1:] = (rows[1:] == rows[:-1]) & (families[1:] != families[:-1])
     data = Interactions(
         new_ids[items[kept]].astype(np.int32),
         seconds[kept],
@@ -120,4 +120,9 @@ def sequence_sample(
         np.arange(1, num_users + 1),
         "embedded",
     )
-    return data, SampleTruth(family_of, successor, steady, drifts)
+    users = np.flatnonzero(lengths >= 5)[:wanted_users]
+    data = replace(take_users(data, users), user_labels=np.arange(1, wanted_users + 1))
+    families = family_of[data.item_ids - 1]
+    drifts = np.zeros(len(families), dtype=bool)
+    drifts[1:] = (np.diff(data.rows()) == 0) & (families[1:] != families[:-1])
+    return data, SampleTruth(family_of, successor, steady[users], drifts)

@@ -1,70 +1,26 @@
-"""Sequences from a person's own files: CSV, Parquet or the two-file format, and data frames."""
+"""Sequences from tables with one row per interaction: CSV, Parquet and data frames."""
 
 from __future__ import annotations
 
 import io
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from datamodules.sources.interactions import Interactions, Ints, offsets_of
-from datamodules.sources.sequence_text import MILLISECONDS, check_text, read_bytes, read_sequences
+from datamodules.sources.sequence_text import MILLISECONDS, check_text, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
 Columns = tuple[str, str, "str | None"]
-
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-
-
-def read_path(
-    path: Path, time_path: str | None, columns: Columns, reindex: bool, sort: bool, drop_duplicates: bool
-) -> Interactions:
-    """Read a file in the format that its name ends in.
-
-    Args:
-        path: `.txt` (two-file format), `.csv`, `.tsv`, each also with `.gz`, or `.parquet`.
-        time_path: Time file of the two-file format.
-        columns: Names of the columns of users, items and times (None: no times) of a table.
-        reindex: Whether item ids of the two-file format that are not 1..V get new ones.
-        sort: Whether decreasing times are allowed in the two-file format.
-        drop_duplicates: Whether repeated rows of a table are dropped.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is malformed.
-    """
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".txt":
-        partner = _time_partner(path) if time_path is None else Path(time_path)
-        return read_sequences(path, partner, reindex=reindex, sort=sort)
-    if kind not in (*_SEPARATORS, ".parquet"):
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected .txt, .csv or .tsv (also with .gz), or .parquet")
-    if time_path is not None:
-        raise ValueError(f"time_path={time_path} belongs to a .txt item file; in {path} times are a column")
-    if kind == ".parquet":
-        return from_frame(_read_parquet(path, columns), columns, drop_duplicates, str(path))
-    return from_frame(_read_csv(path, _SEPARATORS[kind], columns), columns, drop_duplicates, str(path), "line", 2)
-
-
-def _time_partner(path: Path) -> Path | None:
-    """The time file beside an item file, by its name."""
-    if "_item" not in path.name:
-        return None
-    head, _, tail = path.name.rpartition("_item")
-    for name in (f"{head}_time{tail}", f"{head}_time{tail}.gz", f"{head}_time{tail}".removesuffix(".gz")):
-        if (path.parent / name).is_file():
-            return path.parent / name
-    log.warning("%s: no time file %s_time%s beside it, the data has no times; name it in time_path", path, head, tail)
-    return None
 
 
 def _check_columns(path: str, present: list[str], columns: Columns) -> None:
@@ -74,7 +30,13 @@ def _check_columns(path: str, present: list[str], columns: Columns) -> None:
             raise ValueError(f"{path} has no column {name!r}, only {', '.join(map(repr, present))}: set {role}{more}")
 
 
-def _read_csv(path: Path, separator: str, columns: Columns) -> pd.DataFrame:
+def read_csv(path: Path, separator: str, columns: Columns) -> pd.DataFrame:
+    """Read a text table with a header, plain or gzip; ids stay the texts that they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is malformed or a column is missing.
+    """
     content = read_bytes(path).rstrip()
     check_text(path, content)
     # Ids are text: 007 must not become 7, nor NA a missing value. A blank line must show, hence no skipping.
@@ -83,17 +45,24 @@ def _read_csv(path: Path, separator: str, columns: Columns) -> pd.DataFrame:
     try:
         header = pd.read_csv(io.BytesIO(content), nrows=0, **read)
         _check_columns(str(path), [str(name) for name in header.columns], columns)
-        wanted = [name for name in columns if name is not None]
-        frame: pd.DataFrame = pd.read_csv(
-            io.BytesIO(content), dtype=ids, usecols=wanted, skip_blank_lines=False, index_col=False, **read
-        )
+        # All columns: with a choice of them pandas does not see that a line has too many fields.
+        frame = pd.read_csv(io.BytesIO(content), dtype=ids, skip_blank_lines=False, **read)
     except pd.errors.ParserError as error:
         detail = str(error).strip().removeprefix("Error tokenizing data. C error: ")
         raise ValueError(f"{path}: {detail}; every line needs as many fields as the header") from error
-    return frame
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(f"{path}: every line has more fields than the header, expected as many")
+    wanted: pd.DataFrame = frame[[name for name in columns if name is not None]]
+    return wanted
 
 
-def _read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
+def read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
+    """Read a Parquet table.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or a column is missing.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -182,15 +151,18 @@ def _encode(column: pd.Series[Any], where: Callable[[int], str]) -> tuple[Ints, 
 def _seconds(column: pd.Series[Any], where: Callable[[int], str]) -> Ints:
     """Unix seconds of a column of numbers, dates or texts of either."""
     if not pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_datetime64_any_dtype(column.dtype):
-        numbers = pd.to_numeric(column, errors="coerce")
+        parsed = numbers = pd.to_numeric(column, errors="coerce")
         if numbers.isna().any():
-            numbers = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
-        if (broken := numbers.isna().to_numpy()).any():
+            parsed = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
+        if parsed.isna().any():
+            # Numbers among dates are named only if nothing is neither.
+            neither = (parsed.isna() & numbers.isna()).to_numpy()
+            broken = neither if neither.any() else parsed.isna().to_numpy()
             row = int(np.argmax(broken))
             raise ValueError(
                 f"{where(row)}: {column.name} {column.iloc[row]!r} is neither Unix seconds nor a date like 2020-01-31"
             )
-        column = numbers
+        column = parsed
     if pd.api.types.is_datetime64_any_dtype(column.dtype):
         if getattr(column.dtype, "tz", None) is not None:
             column = column.dt.tz_convert("UTC").dt.tz_localize(None)

@@ -13,21 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
     _InstantiatorFn,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from zoo.common.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
     CheckpointError,
     LastCheckpoint,
-    evaluation_checkpoint,
     load_checkpoint,
 )
 from zoo.common.console import print_metrics, progress_callback
@@ -35,7 +33,8 @@ from zoo.common.dimensions import DIMENSIONS, resolve_dimension
 from zoo.common.parser import EXPECTED, UsageError, ZooParser, cause_for_users
 from zoo.common.reproducibility import StepSeed
 from zoo.common.run_logger import RunLogger, drop_later_rows
-from zoo.common.runs import find_checkpoint, flatten, same_run
+from zoo.common.runs import find_checkpoint, same_run
+from zoo.common.trainer import SaveConfig, Stopwatch, ZooTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +47,8 @@ RUNS = "runs"
 SUBCOMMANDS = ("run", "fit", "validate", "test", "predict")
 
 _NOISE = (
+    # Lightning's use of a name that torch has deprecated.
+    ".isinstance.treespec, LeafSpec",
     # The folder holds the run's own config.yaml, or the checkpoint that is being resumed.
     "Checkpoint directory .* exists and is not empty",
     # A fork of an old run starts its own list of best checkpoints, as it should.
@@ -55,44 +56,12 @@ _NOISE = (
     "The '.*dataloader' does not have many workers",
     # A run without validation has no best epoch; if there was a validation, Lightning raises instead.
     ".*could not find the monitored key",
+    # What comes out of a Metric is the same on all ranks; where it is not, two processes do not score as one does,
+    # and that is tested.
+    "It is recommended to use `self.log\\(.*sync_dist=True",
     # The state after the optimizer step is the one to resume from.
     "Using ModelCheckpoint with manual optimization and every_n_train_steps",
 )
-
-
-class ZooTrainer(Trainer):
-    """The Trainer with `run`."""
-
-    def run(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-    ) -> None:
-        """Fit, then test with the best checkpoint, or with the last where the model names no metric to choose by.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            ckpt_path: Checkpoint to go on from.
-        """
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
-        self.test(model, datamodule=datamodule, ckpt_path=evaluation_checkpoint(self, model), verbose=False)
-
-
-class Stopwatch(Timer):
-    """Timer without a limit; counts on when a run is resumed. A class of its own, so that a user's Timer fits too."""
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves `config.yaml` in the run's folder and hands the same settings to loggers other than CSV."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the whole configuration, flat."""
-        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(dict(flatten(settings)))
 
 
 class _Instantiator(_InstantiatorFn):
@@ -291,7 +260,7 @@ class ZooCLI(LightningCLI):
     def _root(self, section: Any) -> Path:
         return Path(section["trainer"].get("default_root_dir") or RUNS)
 
-    def _loggers(self, given: Any, section: Any, csv: CSVLogger) -> list[Logger]:
+    def _loggers(self, given: Any, section: Any, csv: RunLogger) -> list[Logger]:
         loggers = _listed(given.get("logger"), Logger)
         if section["logger"] == "wandb" and not given.get("fast_dev_run"):
             from lightning.pytorch.loggers import WandbLogger

@@ -31,7 +31,9 @@ class EpochLines(Callback):
         if not trainer.is_global_zero:
             return
         of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        metrics = "  ".join(f"{name} {_number(value)}" for name, value in sorted(trainer.callback_metrics.items()))
+        # What a method marks for the bar is what is worth a line; everything is in metrics.csv.
+        shown = trainer.progress_bar_metrics or trainer.callback_metrics
+        metrics = "  ".join(f"{name} {_number(shown[name])}" for name in sorted(shown, key=_natural))
         seconds = time.perf_counter() - self._started
         print(f"epoch {trainer.current_epoch + 1}{of}  {seconds:.1f} s  {metrics}", flush=True)
 

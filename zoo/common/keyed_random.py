@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
 
 
@@ -16,7 +18,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def mix_keys(*keys: int | Tensor) -> Tensor:
-    """Hash integers to one well-mixed 64-bit key (the finaliser of SplitMix64, applied key after key).
+    """Hash integers to one well-mixed 64-bit key: a weighted sum, then the finaliser of SplitMix64.
 
     Args:
         keys: Integers or int64 tensors that broadcast against each other; at least one tensor.
@@ -33,33 +35,54 @@ def mix_keys(*keys: int | Tensor) -> Tensor:
         >>> bool((a == mix_keys(7, 0, torch.arange(3))).all()), len(set(a.tolist()))
         (True, 3)
     """
-    if not any(isinstance(key, Tensor) for key in keys):
+    constant = 0
+    state: Tensor | None = None
+    for place, key in enumerate(keys):
+        # Odd factors that share no pattern keep (1, 0) apart from (0, 1); they depend on the place alone.
+        factor = _finalise((place + 1) * _GOLDEN) | 1
+        if isinstance(key, int):
+            constant = _finalise(constant + key * factor + _GOLDEN)
+        else:
+            state = key * _signed(factor) if state is None else state + key * _signed(factor)
+    if state is None:
         raise TypeError("mix_keys needs at least one tensor among its keys")
-    state: int | Tensor = 0
-    for key in keys:
-        state = state + key + _GOLDEN
-        if isinstance(state, int):
-            state = _mix_integer(state)
-            continue
-        state = (state ^ _shift_right(state, 30)) * _MIX_1
-        state = (state ^ _shift_right(state, 27)) * _MIX_2
-        state = state ^ _shift_right(state, 31)
-    assert isinstance(state, Tensor)
-    return state
+    state = state + _signed(constant)
+    if state.device.type == "cpu":
+        return _finalise_on_cpu(state)
+    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1)
+    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
+    return state ^ _shift_right(state, 31)
 
 
-def _mix_integer(state: int) -> int:
-    """The same step for a plain integer: leading keys that are no tensors cost nothing per element."""
+def _finalise_on_cpu(state: Tensor) -> Tensor:
+    """The finaliser in place: numpy has the unsigned shift that torch must emulate."""
+    words = np.atleast_1d(state.numpy()).view(np.uint64)
+    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
+        words ^= words >> np.uint64(shift)
+        words *= np.uint64(factor)
+    words ^= words >> np.uint64(31)
+    return torch.from_numpy(words.view(np.int64)).view(state.shape)
+
+
+def _finalise(state: int) -> int:
+    """The finaliser for a plain integer, modulo 2 ** 64."""
     state &= _MASK
     state = (state ^ (state >> 30)) * _MIX_1 & _MASK
     state = (state ^ (state >> 27)) * _MIX_2 & _MASK
-    state ^= state >> 31
-    return state - 2**64 if state >> 63 else state
+    return state ^ (state >> 31)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >> 63 else value
 
 
 def keyed_uniform(*keys: int | Tensor) -> Tensor:
     """Uniform numbers in [0, 1), float64, one for each key of the broadcast shape (see `mix_keys`)."""
-    return _shift_right(mix_keys(*keys), 11).double() * 2.0**-53
+    words = mix_keys(*keys)
+    if words.device.type == "cpu":
+        unsigned = np.atleast_1d(words.numpy()).view(np.uint64) >> np.uint64(11)
+        return torch.from_numpy(unsigned * 2.0**-53).view(words.shape)
+    return _shift_right(words, 11).double() * 2.0**-53
 
 
 def keyed_integers(high: int | Tensor, *keys: int | Tensor) -> Tensor:

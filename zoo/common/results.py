@@ -9,10 +9,10 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning
 import torch
 
 import zoo
@@ -84,7 +84,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "lightning": lightning.__version__,
+            "lightning": version("lightning"),
             "zoo": zoo.__version__,
         },
         "commit": commit,

@@ -7,14 +7,14 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+    from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 
 
 class RunLogger(CSVLogger):
@@ -25,22 +25,22 @@ class RunLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> _ExperimentWriter:
         """The writer, which knows the columns of the rows written so far."""
-        if self._experiment is None:
-            path = os.path.join(self.log_dir, "metrics.csv")
-            kept = path + ".kept"
-            if os.path.isfile(path):
-                os.replace(path, kept)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Experiment logs directory")
-                writer = super().experiment
-            if os.path.isfile(kept):
-                os.replace(kept, path)
-                with open(path, newline="", encoding="utf-8") as file:
-                    writer.metrics_keys = next(csv.reader(file), [])
-        assert self._experiment is not None
-        return self._experiment
+        if self._experiment is not None:
+            return self._experiment
+        path = os.path.join(self.log_dir, "metrics.csv")
+        kept = path + ".kept"
+        if os.path.isfile(path):
+            os.replace(path, kept)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Experiment logs directory")
+            writer: _ExperimentWriter = super().experiment
+        if os.path.isfile(kept):
+            os.replace(kept, path)
+            with open(path, newline="", encoding="utf-8") as file:
+                writer.metrics_keys = next(csv.reader(file), [])
+        return writer
 
 
 @rank_zero_only

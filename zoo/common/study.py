@@ -34,8 +34,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from zoo.common.results import write_json
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -228,7 +226,7 @@ def execute(run: Run, root: Path, threads: int | None = None) -> None:
     log = run.folder / "output.log"
     with log.open("ab") as output:
         done = subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if done.returncode or run.result() is None:
+    if run.result() is None:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise StudyError(f"{run.variant}, seed {run.seed}: status {done.returncode}; the end of {log}:\n{tail}")
 
@@ -291,6 +289,9 @@ def results_path(study: Study, root: Path, smoke: bool = False) -> Path:
 
 def write_study(path: Path, content: Mapping[str, Any]) -> None:
     """Write the results file, completely or not at all."""
+    # Loads torch, which a study itself does not need.
+    from zoo.common.results import write_json
+
     write_json(path, content)
 
 

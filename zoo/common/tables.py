@@ -96,7 +96,8 @@ def _rows(file: Path, record: dict[str, Any]) -> list[dict[str, str]]:
             rows.append({"name": name, **cells})
         return rows
     if "cases" in record:
-        return [{key: _value(key, value) for key, value in case.items()} for case in record["cases"]]
+        cases = [{key: value for key, value in case.items() if not isinstance(value, list)} for case in record["cases"]]
+        return [{key: _value(key, value) for key, value in case.items()} for case in cases]
     if "metrics" in record:
         values = {**record["metrics"], **{f"seconds/{part}": value for part, value in record["seconds"].items()}}
         values["peak_rss_bytes"] = record["peak_rss_bytes"]
@@ -107,8 +108,8 @@ def _rows(file: Path, record: dict[str, Any]) -> list[dict[str, str]]:
 def _value(key: str, value: Any, spread: float | None = None) -> str:
     if value is None:
         return "-"
-    if isinstance(value, str) or key in ("threads", "seed"):
-        return str(value)
+    if isinstance(value, str | int) and not key.endswith("_bytes"):
+        return value if isinstance(value, str) else f"{value:,}"
     if key.endswith("_bytes"):
         return f"{value / 2**20:,.0f} MiB"
     if key.startswith("seconds/"):

@@ -92,6 +92,8 @@ class Sequences(NamedTuple):
     Attributes:
         item_ids: int64 `(items,)`.
         lengths: int64 `(rows,)`.
+        rows: int64 `(items,)`, the row of each item.
+        positions: int64 `(items,)`, its place in the row.
         ranks: `(items,)`, place of the item's right gap in the ascending order of its row.
         known: int64 `(rows,)`, items of the row that have a known gap.
         crop_starts, reorder_starts: int64 `(rows,)`, first item of the operator's window.
@@ -99,6 +101,8 @@ class Sequences(NamedTuple):
 
     item_ids: Tensor
     lengths: Tensor
+    rows: Tensor
+    positions: Tensor
     ranks: Tensor
     known: Tensor
     crop_starts: Tensor
@@ -139,11 +143,13 @@ def describe(
         if policy.positions == "time":
             raise ValueError("choosing positions by time needs timestamps: give them, or set positions='random'")
         zeros = torch.zeros_like(lengths)
-        return Sequences(item_ids, lengths, torch.zeros_like(item_ids), lengths, zeros, zeros)
+        ranks = torch.zeros_like(item_ids)
+        return Sequences(item_ids, lengths, *row_and_position(lengths), ranks, lengths, zeros, zeros)
     gaps = right_gaps(timestamps, time_lengths, lengths)
     return Sequences(
         item_ids,
         lengths,
+        *row_and_position(lengths),
         gap_ranks(gaps),
         gaps.known,
         even_window(gaps, counts_of(policy.crop, lengths), policy.crop_mode, policy.window),
@@ -227,8 +233,7 @@ def make_views(
     Returns:
         Views at their full length.
     """
-    items = sequences.item_ids
-    rows, positions = row_and_position(sequences.lengths)
+    items, rows, positions = sequences.item_ids, sequences.rows, sequences.positions
     plan = _plan_rows(policy, sequences, operators, keys)
     # One gather spreads the whole plan over the items.
     operator, first_rank, end_rank, start, end, by_chance = torch.stack(plan, -1)[rows].unbind(-1)

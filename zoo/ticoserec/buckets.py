@@ -72,5 +72,5 @@ def plan_buckets(lengths: Tensor, max_length: int, cuts: tuple[int, ...] | None 
         if width and count:
             buckets.append(Bucket(start, count, width))
             start += width * count
-    places = [torch.arange(max_length - b.width, max_length, device=device).repeat(b.rows) for b in buckets]
-    return BucketPlan(buckets, slots, torch.cat(places) if places else slots.new_zeros(0), start)
+    parts = [torch.arange(max_length - b.width, max_length, device=device).repeat(b.rows) for b in buckets]
+    return BucketPlan(buckets, slots, torch.cat(parts) if parts else slots.new_zeros(0), start)

@@ -54,12 +54,13 @@ class _Block(nn.Module):
         else:
             p = self.attn_dropout.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=p)
-        return mixed.transpose(1, 2).reshape(rows * width, -1)
+        joined: Tensor = mixed.transpose(1, 2).reshape(rows * width, -1)
+        return joined
 
     def forward(self, x: Tensor, buckets: list[Bucket], visible: list[Tensor]) -> Tensor:
         """`(S, H)` to `(S, H)`."""
         qkv: Tensor = self.query_key_value(x)
-        parts = qkv.split([b.rows * b.width for b in buckets])
+        parts = torch.split(qkv, [b.rows * b.width for b in buckets])
         mixed = torch.cat(
             [
                 self._attend(part.view(b.rows, b.width, -1), mask)

@@ -14,7 +14,7 @@ from zoo.common.keyed_random import mix_keys
 from zoo.ticoserec.augment import BLANK, ORIGINAL, Sequences, ViewPolicy, describe, draw_operators, make_views
 from zoo.ticoserec.figures import example_users, plot_views
 from zoo.ticoserec.gaps import right_gaps
-from zoo.ticoserec.jagged import gather_rows, keep_last, row_starts, unpad_left
+from zoo.ticoserec.jagged import gather_rows, keep_last, row_and_position, row_starts, unpad_left
 from zoo.ticoserec.losses import view_gram, view_vectors
 from zoo.ticoserec.sasrec import Passes, SASRec
 from zoo.ticoserec.similarity import (
@@ -125,7 +125,7 @@ class TiCoSeRec(SASRec):
         temperature: float = 1.0,
         view_repr: str = "flatten",
         pad_outputs: str = "zero",
-        gather_negatives: bool = False,
+        gather_negatives: bool = True,
         model_warm_up_epochs: int = 40,
         augmentation_warm_up_epochs: int = 80,
         similarity: str = "itemcf_iuf",
@@ -215,9 +215,7 @@ class TiCoSeRec(SASRec):
         self.register_buffer("offline_most_similar", torch.zeros(num_items + 1, dtype=torch.int64))
         self.register_buffer("offline_scores", torch.zeros(num_items + 1))
         self.register_buffer("offline_limits", torch.zeros(2))
-        for name in ("train_table", "train_starts", "train_lengths", "train_known"):
-            self.register_buffer(name, None, persistent=False)
-        for name in ("crop_starts", "reorder_starts", "exempt_users"):
+        for name in ("train_items", "train_starts", "train_ranks", "train_users"):
             self.register_buffer(name, None, persistent=False)
 
     def setup(self, stage: str) -> None:
@@ -252,14 +250,16 @@ class TiCoSeRec(SASRec):
             changes[table.offsets[1:-1] - 1] = 0
             if not bool(changes.any()):
                 rank_zero_warn("all time stamps of every user are equal: choosing by time degenerates to ties")
-        # Items beside their ranks: a batch of sequences is one gather.
-        self.train_table = torch.stack([item_ids.int(), described.ranks.int()], -1).to(self.device)
-        self.train_lengths = lengths.to(self.device)
-        self.train_starts = row_starts(lengths).to(self.device)
-        self.train_known = described.known.to(self.device)
-        self.crop_starts = described.crop_starts.to(self.device)
-        self.reorder_starts = described.reorder_starts.to(self.device)
-        self.exempt_users = (table.uniformity_rank < int(self.exempt_ratio * len(lengths))).to(self.device)
+        # On a CPU items and starts share the table's memory; ranks are as short as the longest sequence allows.
+        longest = int(lengths.max())
+        ranks = torch.zeros(len(table.item_ids), dtype=torch.int16 if longest < 2**15 else torch.int32)
+        ranks[first[described.rows] + described.positions] = described.ranks.to(ranks.dtype)
+        exempt = table.uniformity_rank < int(self.exempt_ratio * len(lengths))
+        users = [lengths, described.crop_starts, described.reorder_starts, exempt]
+        self.train_items = table.item_ids.to(self.device)
+        self.train_starts = first.to(self.device)
+        self.train_ranks = ranks.to(self.device)
+        self.train_users = torch.stack([column.int() for column in users], -1).to(self.device)
         offline = ItemSimilarity.fit(item_ids, lengths, self.num_items, self.similarity, int(self.draw_key) % 2**31)
         self.offline_most_similar.copy_(offline.most_similar)
         self.offline_scores.copy_(offline.scores)
@@ -281,18 +281,16 @@ class TiCoSeRec(SASRec):
 
     def on_train_start(self) -> None:
         """Draw what each operator does to a few training sequences."""
-        times = self._known_sequences().timestamps if self._known_sequences() else None
-        if self.cl_weight == 0 or times is None or not self.trainer.is_global_zero:
+        table = self._known_sequences()
+        if self.cl_weight == 0 or table is None or table.timestamps is None or not self.trainer.is_global_zero:
             return
-        users = example_users(self.train_lengths, self.exempt_users)
+        users = example_users(self.train_users[:, 0].cpu(), self.train_users[:, 3].cpu() == 1)
         if len(users):
-            log_figure(self, "views", self._plot_views(users))
+            log_figure(self, "views", self._plot_views(users, table, table.timestamps))
 
-    def _plot_views(self, users: Tensor) -> Figure:
-        table = self.training_sequences()
-        users = users.cpu()
+    def _plot_views(self, users: Tensor, table: SequenceTable, timestamps: Tensor) -> Figure:
         time_lengths, lengths = table.train_lengths[users], table.train_lengths[users] - 1
-        times = gather_rows(table.timestamps, table.offsets[users], time_lengths)
+        times = gather_rows(timestamps, table.offsets[users], time_lengths)
         items = gather_rows(table.item_ids, table.offsets[users], lengths).long()
         sequences = describe(self.policy, items, lengths, times, time_lengths)
         own_times = gather_rows(times, row_starts(time_lengths), lengths)
@@ -310,12 +308,15 @@ class TiCoSeRec(SASRec):
         offline = ItemSimilarity(self.offline_most_similar, self.offline_scores, *self.offline_limits.tolist())
         if self.similarity == "random":
             key = int(mix_keys(_SIMILARITY_STREAM, self.current_epoch, self.draw_key))
-            offline = random_neighbours(self.train_table[:, 0], self.num_items, key)
+            offline = random_neighbours(self._training_items(), self.num_items, key)
             self.most_similar.copy_(offline.most_similar)
         if self.current_epoch > self.augmentation_warm_up_epochs:
             reverse = self.hybrid == "official"
             online = online_similarity(self.encoder.item_embedding.weight, least=reverse)
             self.most_similar.copy_(hybrid_similarity(offline, online, reverse))
+
+    def _training_items(self) -> Tensor:
+        return gather_rows(self.train_items, self.train_starts, self.train_users[:, 0].long())
 
     def draw_views(self, user_ids: Tensor) -> Passes:
         """Two views of each user's training sequence for the current epoch.
@@ -330,24 +331,29 @@ class TiCoSeRec(SASRec):
         users = torch.cat([user_ids, user_ids])
         view = torch.arange(2, device=users.device).repeat_interleave(len(user_ids))
         keys = mix_keys(int(self.draw_key), _VIEW_STREAM, self.current_epoch, users, view)
-        lengths, starts = self.train_lengths[users], self.train_starts[users]
-        item_ids, ranks = gather_rows(self.train_table, starts, lengths).unbind(-1)
+        lengths, crop_starts, reorder_starts, exempt = self.train_users[users].long().unbind(-1)
+        rows, positions = row_and_position(lengths)
+        places = self.train_starts[users][rows] + positions
+        # The time of the last target is known, so every item has a gap.
         sequences = Sequences(
-            item_ids.long(),
-            lengths,
-            ranks,
-            self.train_known[users],
-            self.crop_starts[users],
-            self.reorder_starts[users],
+            item_ids=self.train_items[places].long(),
+            lengths=lengths,
+            rows=rows,
+            positions=positions,
+            ranks=self.train_ranks[places],
+            known=lengths,
+            crop_starts=crop_starts,
+            reorder_starts=reorder_starts,
         )
-        exempt = ORIGINAL if self.exempt_mode == "original" else BLANK
-        operators = draw_operators(self.policy, lengths, keys).masked_fill_(self.exempt_users[users], exempt)
+        left_alone = ORIGINAL if self.exempt_mode == "original" else BLANK
+        operators = draw_operators(self.policy, lengths, keys).masked_fill_(exempt == 1, left_alone)
         views = make_views(self.policy, sequences, operators, keys, self.most_similar)
         return Passes(*keep_last(views.item_ids, views.lengths, self.max_length))
 
     def _contrastive_loss(self, states: Tensor, lengths: Tensor) -> Tensor:
         """NT-Xent of the views' states, `(items, hidden)` or, with official padding, `(rows, max_length, hidden)`."""
-        if self.pad_outputs == "zero" and self.view_repr == "flatten" and not self.gather_negatives:
+        alone = not self.gather_negatives or self.trainer.world_size == 1
+        if alone and self.pad_outputs == "zero" and self.view_repr == "flatten":
             return nt_xent_from_similarity(view_gram(states, lengths, self.max_length) / self.temperature)
         if self.pad_outputs == "zero":
             vectors = view_vectors(states, lengths, self.max_length, self.view_repr)
@@ -363,7 +369,7 @@ class TiCoSeRec(SASRec):
         item_ids = unpad_left(batch.item_ids, batch.lengths)
         if self.cl_weight == 0 or self.current_epoch < self.model_warm_up_epochs:
             return super().training_step(batch, batch_idx)
-        if len(batch.lengths) == 1 and not self.gather_negatives:
+        if len(batch.lengths) == 1 and not (self.gather_negatives and self.trainer.world_size > 1):
             rank_zero_warn("a batch of one user has no negatives: its contrastive loss is 0")
         views = self.draw_views(batch.user_ids)
         if self.pad_outputs == "zero":

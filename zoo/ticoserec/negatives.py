@@ -29,7 +29,7 @@ class NegativeSampler(nn.Module):
     def __init__(self, item_ids: Tensor, lengths: Tensor, num_items: int) -> None:
         super().__init__()
         users, _ = row_and_position(lengths)
-        seen = (users * (num_items + 1) + item_ids).unique()
+        seen = torch.unique(users * (num_items + 1) + item_ids)
         full = (seen // (num_items + 1)).bincount(minlength=1) >= num_items
         if bool(full.any()):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, TextIO
 
 import torch
@@ -9,7 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.common.artifacts import log_figure, log_table
+from zoo.common.artifacts import log_figure, log_table, run_folder
 from zoo.common.ranking import FullRankingMetrics, target_ranks
 from zoo.ticoserec.figures import plot_uniformity
 
@@ -143,7 +144,7 @@ class SequentialRecommender(LightningModule):
             gains = torch.where(ranks < self._deepest, 1 / (ranks + 2.0).log2(), 0.0)
             order = table.uniformity_rank.to(self.device)
             groups = torch.where(batch.user_ids >= 0, order[batch.user_ids] * _GROUPS // len(order), -1)
-            for group, metric in enumerate(self.ndcg_by_uniformity):
+            for group, metric in enumerate(self._group_metrics()):
                 metric.update(gains, weight=(groups == group).float())
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._show_recommendations(batch, scores)
@@ -177,11 +178,16 @@ class SequentialRecommender(LightningModule):
         if table is None:
             return
         values = []
-        for metric in self.ndcg_by_uniformity:
+        for metric in self._group_metrics():
             values.append(float(metric.compute().nan_to_num()))
             metric.reset()
-        counts = (table.uniformity_rank * _GROUPS // len(table.uniformity_rank)).bincount(minlength=_GROUPS).tolist()
+        # A rank beyond the last user says that a user's gaps are not known.
+        groups = table.uniformity_rank * _GROUPS // len(table.uniformity_rank)
+        counts = groups.bincount(minlength=_GROUPS)[:_GROUPS].tolist()
         log_figure(self, "test/uniformity", plot_uniformity(values, counts, f"test NDCG@{self._deepest}"))
+
+    def _group_metrics(self) -> list[MeanMetric]:
+        return [metric for metric in self.ndcg_by_uniformity if isinstance(metric, MeanMetric)]
 
     def _known_sequences(self) -> SequenceTable | None:
         """The training sequences, if any are at hand."""
@@ -195,7 +201,32 @@ class SequentialRecommender(LightningModule):
         labels = getattr(getattr(self.trainer, "datamodule", None), name, None)
         return str if labels is None else lambda index: str(labels[index])
 
+    def on_predict_start(self) -> None:
+        """Open `predictions.jsonl` in the run's folder (one file per process, if there are several)."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
+        name = "predictions.jsonl" if self.trainer.world_size == 1 else f"predictions-{self.global_rank}.jsonl"
+        folder = run_folder(self.trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._predictions = (folder / name).open("w", encoding="utf-8")
+
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Best `top_k` items of each user: `user_ids` (batch,), `item_ids` and `scores` (batch, top_k)."""
+        """Best `top_k` items of each user: `user_ids` (batch,), `item_ids` and `scores` (batch, top_k).
+
+        The lists are also written as lines `{"user": ..., "items": [...], "scores": [...]}` with external ids.
+        """
         item_ids, scores = self.recommend(batch.item_ids, batch.lengths, self.top_k, batch.seen_ids)
+        if self._predictions is not None:
+            user, item = self._labels("user_labels"), self._labels("item_labels")
+            for row, items, values in zip(batch.user_ids.tolist(), item_ids.tolist(), scores.tolist(), strict=True):
+                # A user with less than top_k unseen items has candidates of score -inf at the end.
+                kept = [(item(i), value) for i, value in zip(items, values, strict=True) if value > -torch.inf]
+                line = {"user": user(row), "items": [i for i, _ in kept], "scores": [v for _, v in kept]}
+                self._predictions.write(json.dumps(line, ensure_ascii=False) + "\n")
         return {"user_ids": batch.user_ids, "item_ids": item_ids, "scores": scores}
+
+    def on_predict_end(self) -> None:
+        """Close the file."""
+        if self._predictions is not None:
+            self._predictions.close()
+            self._predictions = None

@@ -201,7 +201,16 @@ class SASRec(SequentialRecommender):
         target_ids = all_targets[positions]
         lookups = self._lookups(batch, target_ids, positions)
         states, vectors = self.encoder.encode(passes.item_ids, passes.lengths, lookups)
-        return self._rec_loss(states[positions], target_ids, vectors), states[len(all_targets) :]
+        loss = self._rec_loss(states[positions], target_ids, vectors) * self._share(len(positions))
+        return loss, states[len(all_targets) :]
+
+    def _share(self, positions: int) -> Tensor | float:
+        """Weight that makes the mean over processes the mean over all their positions, which differ in number."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        local = torch.tensor(float(positions), device=self.device)
+        mean: Tensor = self.trainer.strategy.reduce(local.clone(), reduce_op="mean")
+        return local / mean
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam with L2 weight decay inside, as published."""

@@ -119,7 +119,7 @@ def _item2vec(item_ids: Tensor, lengths: Tensor, num_items: int, seed: int) -> I
         raise ModuleNotFoundError(
             "similarity='item2vec' needs gensim: pip install 'lightning-method-zoo[item2vec]', or use 'itemcf_iuf'"
         ) from error
-    sentences = [row.tolist() for row in item_ids.split(lengths.tolist())]
+    sentences = [row.tolist() for row in torch.split(item_ids, lengths.tolist())]
     model = Word2Vec(sentences, vector_size=20, window=5, min_count=0, epochs=100, seed=seed, workers=1)
     most_similar, scores = np.zeros(num_items + 1, np.int64), np.zeros(num_items + 1)
     low, high = np.inf, -np.inf
@@ -132,7 +132,7 @@ def _item2vec(item_ids: Tensor, lengths: Tensor, num_items: int, seed: int) -> I
 
 def random_neighbours(item_ids: Tensor, num_items: int, key: int) -> ItemSimilarity:
     """Any item of the training set as the neighbour of each item; another `key` gives another table."""
-    known = item_ids.unique().long()
+    known = torch.unique(item_ids).long()
     items = torch.arange(num_items + 1, device=item_ids.device)
     most_similar = known[keyed_integers(len(known), key, items)]
     most_similar[0] = 0

@@ -18,7 +18,8 @@ def test_seeds_of_neighbouring_steps_differ_and_fit_torch():
 
 def test_seeds_of_neighbouring_steps_share_no_bits():
     # Neighbouring seeds of a weak hash would differ in their low bits only; here each of 63 bits is a coin.
-    flips = torch.tensor([[(mix(42, 0, i) ^ mix(42, 0, i + 1)) >> bit & 1 for bit in range(63)] for i in range(2000)])
+    seeds = [mix(42, 0, step) for step in range(2001)]
+    flips = torch.tensor([[(a ^ b) >> bit & 1 for bit in range(63)] for a, b in itertools.pairwise(seeds)])
     assert (flips.double().mean(0) - 0.5).abs().max() < 0.06
 
 

@@ -96,6 +96,11 @@ def test_every_variant_is_trained_with_every_seed_and_summarised(root: Path) -> 
     ]
 
 
+def test_shared_overrides_hold_for_all_variants_unless_one_has_its_own(root: Path) -> None:
+    run_study(load_study(study_file(root, overrides={"model.lr": 0.1, "data.rows": [1, 2]}), root), root, seeds=[1])
+    assert [(call["--model.lr"], call["--data.rows"]) for call in calls(root)] == [("0.1", "[1, 2]"), ("0.5", "[1, 2]")]
+
+
 def test_finished_runs_are_kept_and_only_missing_ones_made(root: Path) -> None:
     study = load_study(study_file(root), root)
     run_study(study, root, seeds=[1])
@@ -155,6 +160,11 @@ SUMMARY = summarise(
         {"variant": "b", "metrics": {"hr": 0.2, "nan": 0.1}, "seconds": {}, "peak_rss_bytes": 1},
     ]
 )
+
+
+def test_mean_over_some_of_the_seeds_is_no_mean() -> None:
+    records = [{"variant": "a", "metrics": {"hr": value}, "seconds": {}, "peak_rss_bytes": 1} for value in (0.3, None)]
+    assert summarise(records)["a"]["hr"] == {"mean": None, "std": None, "values": [0.3, None]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Plain implementations of published procedures, written from their equations: obvious rather than fast."""
