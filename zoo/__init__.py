@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from zoo.ticoserec.augment import TiAugmenter as TiAugmenter
     from zoo.ticoserec.augment import ViewPolicy as ViewPolicy
     from zoo.ticoserec.encoder import SASRecEncoder as SASRecEncoder
-    from zoo.ticoserec.module import CL4SRec as CL4SRec
-    from zoo.ticoserec.module import CoSeRec as CoSeRec
     from zoo.ticoserec.module import TiCoSeRec as TiCoSeRec
+    from zoo.ticoserec.popularity import Popularity as Popularity
     from zoo.ticoserec.sasrec import SASRec as SASRec
+    from zoo.ticoserec.siblings import CL4SRec as CL4SRec
+    from zoo.ticoserec.siblings import CoSeRec as CoSeRec
     from zoo.ticoserec.similarity import ItemSimilarity as ItemSimilarity
 
 MODELS: dict[str, str] = {
-    "CL4SRec": "zoo.ticoserec.module",
-    "CoSeRec": "zoo.ticoserec.module",
+    "CL4SRec": "zoo.ticoserec.siblings",
+    "CoSeRec": "zoo.ticoserec.siblings",
+    "Popularity": "zoo.ticoserec.popularity",
     "SASRec": "zoo.ticoserec.sasrec",
     "TiCoSeRec": "zoo.ticoserec.module",
 }

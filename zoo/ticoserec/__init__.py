@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from zoo.ticoserec.augment import TiAugmenter, ViewPolicy
     from zoo.ticoserec.encoder import GRU4RecEncoder, SASRecEncoder
-    from zoo.ticoserec.module import CL4SRec, CoSeRec, TiCoSeRec
+    from zoo.ticoserec.module import TiCoSeRec
     from zoo.ticoserec.popularity import Popularity
     from zoo.ticoserec.sasrec import SASRec
+    from zoo.ticoserec.siblings import CL4SRec, CoSeRec
     from zoo.ticoserec.similarity import ItemSimilarity
 
 _HOMES = {
-    "CL4SRec": "module",
-    "CoSeRec": "module",
+    "CL4SRec": "siblings",
+    "CoSeRec": "siblings",
     "GRU4RecEncoder": "encoder",
     "ItemSimilarity": "similarity",
     "Popularity": "popularity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,10 +11,10 @@ from torch import Tensor
 from zoo.common.artifacts import log_figure
 from zoo.common.contrastive import nt_xent, nt_xent_from_similarity
 from zoo.common.keyed_random import mix_keys
-from zoo.ticoserec.augment import BLANK, ORIGINAL, Sequences, ViewPolicy, describe, draw_operators, make_views
+from zoo.ticoserec.augment import ViewPolicy, describe
 from zoo.ticoserec.figures import example_users, plot_views
 from zoo.ticoserec.gaps import right_gaps
-from zoo.ticoserec.jagged import gather_rows, keep_last, row_and_position, row_starts, unpad_left
+from zoo.ticoserec.jagged import gather_rows, row_starts, unpad_left
 from zoo.ticoserec.losses import view_gram, view_vectors
 from zoo.ticoserec.sasrec import Passes, SASRec
 from zoo.ticoserec.similarity import (
@@ -24,6 +24,7 @@ from zoo.ticoserec.similarity import (
     online_similarity,
     random_neighbours,
 )
+from zoo.ticoserec.views import ViewTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -215,8 +216,7 @@ class TiCoSeRec(SASRec):
         self.register_buffer("offline_most_similar", torch.zeros(num_items + 1, dtype=torch.int64))
         self.register_buffer("offline_scores", torch.zeros(num_items + 1))
         self.register_buffer("offline_limits", torch.zeros(2))
-        for name in ("train_items", "train_starts", "train_ranks", "train_users"):
-            self.register_buffer(name, None, persistent=False)
+        self.views: ViewTable | None = None
 
     def setup(self, stage: str) -> None:
         """Prepare similarity, gap ranks, windows and exempt users.
@@ -229,37 +229,23 @@ class TiCoSeRec(SASRec):
             return
         self._check_schedule()
         table = self.training_sequences()
-        lengths = (table.train_lengths - 1).clamp(min=0)
-        first = table.offsets[:-1]
-        item_ids = gather_rows(table.item_ids, first, lengths)
         times = table.timestamps
         if times is None and self.policy.positions == "time":
             raise ValueError(
                 "cl_weight > 0 with positions='time' needs time stamps: give the data a time file or column, or set "
                 "--model.positions random"
             )
-        described = describe(
-            self.policy,
-            item_ids,
-            lengths,
-            None if times is None else gather_rows(times, first, table.train_lengths),
-            None if times is None else table.train_lengths,
+        views = ViewTable(
+            table, self.policy, self.num_items, self.max_length, self.exempt_ratio, blank=self.exempt_mode == "zero"
         )
+        item_ids, lengths = views.sequences()
+        self.views = views.to(self.device)
+        self._leave_to_each_process("views")
         if times is not None and self.policy.positions == "time":
             changes = times.diff()
             changes[table.offsets[1:-1] - 1] = 0
             if not bool(changes.any()):
                 rank_zero_warn("all time stamps of every user are equal: choosing by time degenerates to ties")
-        # On a CPU items and starts share the table's memory; ranks are as short as the longest sequence allows.
-        longest = int(lengths.max())
-        ranks = torch.zeros(len(table.item_ids), dtype=torch.int16 if longest < 2**15 else torch.int32)
-        ranks[first[described.rows] + described.positions] = described.ranks.to(ranks.dtype)
-        exempt = table.uniformity_rank < int(self.exempt_ratio * len(lengths))
-        users = [lengths, described.crop_starts, described.reorder_starts, exempt]
-        self.train_items = table.item_ids.to(self.device)
-        self.train_starts = first.to(self.device)
-        self.train_ranks = ranks.to(self.device)
-        self.train_users = torch.stack([column.int() for column in users], -1).to(self.device)
         offline = ItemSimilarity.fit(item_ids, lengths, self.num_items, self.similarity, int(self.draw_key) % 2**31)
         self.offline_most_similar.copy_(offline.most_similar)
         self.offline_scores.copy_(offline.scores)
@@ -282,9 +268,9 @@ class TiCoSeRec(SASRec):
     def on_train_start(self) -> None:
         """Draw what each operator does to a few training sequences."""
         table = self._known_sequences()
-        if self.cl_weight == 0 or table is None or table.timestamps is None or not self.trainer.is_global_zero:
+        if self.views is None or table is None or table.timestamps is None or not self.trainer.is_global_zero:
             return
-        users = example_users(self.train_users[:, 0].cpu(), self.train_users[:, 3].cpu() == 1)
+        users = example_users(table.train_lengths - 1, self.views.exempt.cpu())
         if len(users):
             log_figure(self, "views", self._plot_views(users, table, table.timestamps))
 
@@ -305,18 +291,17 @@ class TiCoSeRec(SASRec):
         if ready or self.cl_weight == 0 or self.current_epoch < self.model_warm_up_epochs:
             return
         self.similarity_epoch.fill_(self.current_epoch)
+        assert self.views is not None
+        self.views.forget()
         offline = ItemSimilarity(self.offline_most_similar, self.offline_scores, *self.offline_limits.tolist())
         if self.similarity == "random":
             key = int(mix_keys(_SIMILARITY_STREAM, self.current_epoch, self.draw_key))
-            offline = random_neighbours(self._training_items(), self.num_items, key)
+            offline = random_neighbours(self.views.sequences()[0], self.num_items, key)
             self.most_similar.copy_(offline.most_similar)
         if self.current_epoch > self.augmentation_warm_up_epochs:
             reverse = self.hybrid == "official"
             online = online_similarity(self.encoder.item_embedding.weight, least=reverse)
             self.most_similar.copy_(hybrid_similarity(offline, online, reverse))
-
-    def _training_items(self) -> Tensor:
-        return gather_rows(self.train_items, self.train_starts, self.train_users[:, 0].long())
 
     def draw_views(self, user_ids: Tensor) -> Passes:
         """Two views of each user's training sequence for the current epoch.
@@ -328,27 +313,9 @@ class TiCoSeRec(SASRec):
             Jagged rows, the first view of every user and then the second of every user, `2 * batch` rows of at most
             `max_length` items.
         """
-        users = torch.cat([user_ids, user_ids])
-        view = torch.arange(2, device=users.device).repeat_interleave(len(user_ids))
-        keys = mix_keys(int(self.draw_key), _VIEW_STREAM, self.current_epoch, users, view)
-        lengths, crop_starts, reorder_starts, exempt = self.train_users[users].long().unbind(-1)
-        rows, positions = row_and_position(lengths)
-        places = self.train_starts[users][rows] + positions
-        # The time of the last target is known, so every item has a gap.
-        sequences = Sequences(
-            item_ids=self.train_items[places].long(),
-            lengths=lengths,
-            rows=rows,
-            positions=positions,
-            ranks=self.train_ranks[places],
-            known=lengths,
-            crop_starts=crop_starts,
-            reorder_starts=reorder_starts,
-        )
-        left_alone = ORIGINAL if self.exempt_mode == "original" else BLANK
-        operators = draw_operators(self.policy, lengths, keys).masked_fill_(exempt == 1, left_alone)
-        views = make_views(self.policy, sequences, operators, keys, self.most_similar)
-        return Passes(*keep_last(views.item_ids, views.lengths, self.max_length))
+        if self.views is None:
+            raise RuntimeError("the views are prepared in setup('fit'): call it before training steps")
+        return Passes(*self.views(user_ids, self.current_epoch, int(self.draw_key), self.most_similar))
 
     def _contrastive_loss(self, states: Tensor, lengths: Tensor) -> Tensor:
         """NT-Xent of the views' states, `(items, hidden)` or, with official padding, `(rows, max_length, hidden)`."""
@@ -385,59 +352,3 @@ class TiCoSeRec(SASRec):
         self.log("train/rec_loss", rec_loss, batch_size=size)
         self.log("train/cl_loss", cl_loss, prog_bar=True, batch_size=size)
         return loss
-
-
-class CoSeRec(TiCoSeRec):
-    """CoSeRec (Liu et al., 2021): the five operators at random places, nobody exempt, an inserted item before its twin.
-
-    Args:
-        num_items: Catalogue size V.
-        positions: Places chosen at "random".
-        insert_side: New items stand "before" the chosen one.
-        exempt_ratio: Share of users left alone.
-        kwargs: All other arguments of `TiCoSeRec`.
-    """
-
-    def __init__(
-        self,
-        num_items: int,
-        positions: str = "random",
-        insert_side: str = "before",
-        exempt_ratio: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(num_items, positions=positions, insert_side=insert_side, exempt_ratio=exempt_ratio, **kwargs)
-
-
-class CL4SRec(TiCoSeRec):
-    """CL4SRec (Xie et al., 2022): random crop, mask and reorder, compared at the last item.
-
-    Args:
-        num_items: Catalogue size V.
-        positions: Places chosen at "random".
-        exempt_ratio: Share of users left alone.
-        short_ops: Operators for short sequences.
-        long_ops: Operators for long sequences.
-        view_repr: What of a view is compared.
-        kwargs: All other arguments of `TiCoSeRec`.
-    """
-
-    def __init__(
-        self,
-        num_items: int,
-        positions: str = "random",
-        exempt_ratio: float = 0.0,
-        short_ops: str = "CMR",
-        long_ops: str = "CMR",
-        view_repr: str = "last",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            num_items,
-            positions=positions,
-            exempt_ratio=exempt_ratio,
-            short_ops=short_ops,
-            long_ops=long_ops,
-            view_repr=view_repr,
-            **kwargs,
-        )

@@ -142,6 +142,13 @@ class SASRec(SequentialRecommender):
                 item_ids = gather_rows(item_ids, table.offsets[:-1], table.train_lengths)
                 lengths = table.train_lengths
             self.negatives = NegativeSampler(item_ids, lengths, self.num_items).to(self.device)
+            self._leave_to_each_process("negatives")
+
+    def _leave_to_each_process(self, name: str) -> None:
+        """Keep tables that never change out of DDP's broadcast of buffers before every step."""
+        ignored = getattr(self, "_ddp_params_and_buffers_to_ignore", [])
+        names = [key for key, _ in self.named_buffers() if key.startswith(f"{name}.")]
+        self._ddp_params_and_buffers_to_ignore = sorted({*ignored, *names})
 
     def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         """States `(batch, width, hidden)` of left-padded histories `(batch, width)`; zeros at padding."""
