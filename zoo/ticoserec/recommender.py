@@ -59,7 +59,8 @@ class SequentialRecommender(LightningModule):
         self._given_sequences = sequences
         self.val_metrics = FullRankingMetrics(ks, ("hr", "ndcg", "mrr"))
         self.test_metrics = FullRankingMetrics(ks, ("hr", "ndcg", "mrr"))
-        self.ndcg_by_uniformity = nn.ModuleList(MeanMetric(nan_strategy="disable") for _ in range(_GROUPS))
+        # Not nan_strategy="disable", which makes torchmetrics forget the weights.
+        self.ndcg_by_uniformity = nn.ModuleList(MeanMetric(nan_strategy=0.0) for _ in range(_GROUPS))
         self._deepest = max(ks)
         self._predictions: TextIO | None = None
 

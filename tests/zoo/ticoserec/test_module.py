@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.sequence_rows import SequenceBatch, SequenceTable
 from zoo.common.contrastive import nt_xent
 from zoo.ticoserec import CL4SRec, CoSeRec, Popularity, SASRec, TiCoSeRec
+from zoo.ticoserec.figures import plot_uniformity
 from zoo.ticoserec.jagged import pad_left
 from zoo.ticoserec.losses import view_vectors
 
@@ -291,6 +292,31 @@ def test_scores_that_are_not_numbers_name_step_and_users():
     scores[2, 7] = torch.nan
     with pytest.raises(ValueError, match=r"step 0, users \[2\]"):
         ranked(scores, None)
+
+
+def test_the_metric_by_uniformity_averages_each_group_of_users_alone(monkeypatch):
+    table = make_table()
+    model = build(Fixed, ks=[1, 3])
+    users = torch.arange(40)
+    targets = users % 20 + 3
+    scores = torch.zeros(40, NUM_ITEMS + 1)
+    group = table.uniformity_rank * 5 // 40
+    # group g's users have g items above their target
+    for user in range(40):
+        scores[user, targets[user]] = 1.0
+        others = [i for i in range(1, NUM_ITEMS + 1) if i != targets[user]][: int(group[user])]
+        scores[user, others] = 2.0
+    model.fixed = scores
+    drawn = {}
+    monkeypatch.setattr(
+        "zoo.ticoserec.recommender.plot_uniformity",
+        lambda values, counts, metric: (
+            drawn.update(values=values, counts=counts) or plot_uniformity(values, counts, metric)
+        ),
+    )
+    evaluate(model, SequenceBatch(users, torch.ones(40, 2).long(), torch.full_like(users, 2), targets, None))
+    assert drawn["counts"] == [8] * 5
+    assert drawn["values"] == pytest.approx([1.0, 1 / 1.5849625, 0.5, 0.0, 0.0])
 
 
 def test_popularity_ranks_by_training_counts():
