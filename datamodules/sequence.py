@@ -271,10 +271,10 @@ class SequenceData(LightningDataModule):
         if data.timestamps is None:
             return np.full_like(users, data.num_users)  # without times nobody is known to be uniform
         if self.uniformity == "all_times":
-            return rank_of(gap_variance(data.timestamps, data.offsets))
+            return rank_of(gap_variance(data.timestamps, data.offsets), data.user_labels)
         lengths = data.lengths
         trained = np.arange(len(data.item_ids)) < np.repeat(data.offsets[1:] - 2, lengths)
-        return rank_of(gap_variance(data.timestamps[trained], offsets_of(lengths - 2)))
+        return rank_of(gap_variance(data.timestamps[trained], offsets_of(lengths - 2)), data.user_labels)
 
     def _official_rank(self, data: Interactions) -> np.ndarray[Any, np.dtype[np.int64]]:
         labels = data.user_labels

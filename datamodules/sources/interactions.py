@@ -204,10 +204,10 @@ def gap_variance(timestamps: Ints, offsets: Ints) -> NDArray[np.float64]:
     return variance
 
 
-def rank_of(values: NDArray[Any]) -> Ints:
-    """Place of each value in ascending order, from 0; equal values keep their order."""
+def rank_of(values: NDArray[Any], labels: NDArray[Any]) -> Ints:
+    """Place of each value in ascending order, from 0; equal values by their labels, whatever the order of the rows."""
     rank = np.empty(len(values), dtype=np.int64)
-    rank[np.argsort(values, kind="stable")] = np.arange(len(values))
+    rank[np.lexsort((labels, values))] = np.arange(len(values))
     return rank
 
 

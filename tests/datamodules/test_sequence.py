@@ -139,7 +139,7 @@ def assert_ranks(rank: torch.Tensor, variances: list[float]) -> None:
     assert sorted(rank.tolist()) == list(range(len(variances)))
     np.testing.assert_allclose(np.array(variances)[order], np.sort(variances), rtol=1e-12)
     even = [user for user in order if variances[user] == 0]
-    assert even == sorted(even), "ties keep the order of the users"
+    assert even == sorted(even), "ties follow the users' names, here their rows"
 
 
 def test_uniformity_follows_the_gaps_of_distinct_training_times() -> None:

@@ -291,14 +291,18 @@ class TiAugmenter(nn.Module):
         self.register_buffer("most_similar", most_similar, persistent=False)
 
     def forward(
-        self, item_ids: Tensor, timestamps: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+        self,
+        item_ids: Tensor,
+        timestamps: Tensor | None,
+        lengths: Tensor,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One view of every row, cut to its last `width` items.
 
         Args:
             item_ids: int64 `(batch, width)`, left-padded with 0.
             timestamps: int64 `(batch, width)`, the items' times in seconds, left-padded; or `(batch, width + 1)` where
-                the last column is the time of the item that follows.
+                the last column is the time of the item that follows. None will do for a policy with random positions.
             lengths: int64 `(batch,)`, items of each row.
             generator: Source of the random keys; torch's global one by default.
 
@@ -306,20 +310,26 @@ class TiAugmenter(nn.Module):
             Views `(batch, width)`, left-padded with 0, and their lengths `(batch,)`.
 
         Raises:
-            ValueError: If the shapes do not agree.
+            ValueError: If shapes or dtypes do not agree, or times are missing.
         """
         batch, width = item_ids.shape
-        if timestamps.shape not in ((batch, width), (batch, width + 1)):
-            raise ValueError(
-                f"timestamps must be {(batch, width)} or {(batch, width + 1)} for items {(batch, width)}, "
-                f"got {tuple(timestamps.shape)}"
-            )
-        time_lengths = lengths + (timestamps.shape[1] - width)
-        sequences = describe(
-            self.policy, unpad_left(item_ids, lengths), lengths, unpad_left(timestamps, time_lengths), time_lengths
-        )
-        high = torch.iinfo(torch.int64).max
-        keys = torch.randint(high, (batch,), generator=generator, device=item_ids.device)
+        if lengths.shape != (batch,) or bool((lengths > width).any()):
+            raise ValueError(f"lengths must be {(batch,)} with values up to {width}, got {lengths.tolist()[:8]}")
+        times = time_lengths = None
+        if timestamps is not None:
+            if timestamps.shape not in ((batch, width), (batch, width + 1)):
+                raise ValueError(
+                    f"timestamps must be {(batch, width)} or {(batch, width + 1)} for items {(batch, width)}, "
+                    f"got {tuple(timestamps.shape)}"
+                )
+            if timestamps.is_floating_point():
+                raise ValueError(f"timestamps must be whole seconds (int64), got {timestamps.dtype}")
+            time_lengths = lengths + (timestamps.shape[1] - width)
+            times = unpad_left(timestamps, time_lengths)
+        sequences = describe(self.policy, unpad_left(item_ids, lengths), lengths, times, time_lengths)
+        home = item_ids.device if generator is None else generator.device
+        keys = torch.randint(torch.iinfo(torch.int64).max, (batch,), generator=generator, device=home)
+        keys = keys.to(item_ids.device)
         operators = draw_operators(self.policy, lengths, keys)
         views = make_views(self.policy, sequences, operators, keys, self.most_similar)
         values, view_lengths = keep_last(views.item_ids, views.lengths, width)

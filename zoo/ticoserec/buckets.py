@@ -37,7 +37,9 @@ class BucketPlan(NamedTuple):
     size: int
 
 
-def plan_buckets(lengths: Tensor, max_length: int, cuts: tuple[int, ...] | None = DEFAULT_CUTS) -> BucketPlan:
+def plan_buckets(
+    lengths: Tensor, max_length: int, cuts: tuple[int, ...] | None = DEFAULT_CUTS, total: int | None = None
+) -> BucketPlan:
     """Sort rows into buckets by length.
 
     Args:
@@ -45,13 +47,14 @@ def plan_buckets(lengths: Tensor, max_length: int, cuts: tuple[int, ...] | None 
         max_length: Width of the last bucket.
         cuts: Widths of the other buckets, ascending; None puts every row into one bucket of `max_length`, which
             needs no look at the lengths (right for an accelerator, where looking means waiting).
+        total: Sum of the lengths, where it is known.
 
     Raises:
-        ValueError: If a row is longer than `max_length`.
+        ValueError: If a row is longer than `max_length`; without `cuts` nobody looks, and the caller must see to it.
     """
     device = lengths.device
     if cuts is None:
-        rows, positions = row_and_position(lengths)
+        rows, positions = row_and_position(lengths, total)
         slots = rows * max_length + max_length - lengths[rows] + positions
         size = len(lengths) * max_length
         places = torch.arange(max_length, device=device).repeat(len(lengths))
@@ -65,7 +68,7 @@ def plan_buckets(lengths: Tensor, max_length: int, cuts: tuple[int, ...] | None 
     sorted_widths = row_widths[order]
     first_slot = torch.empty_like(lengths)
     first_slot[order] = sorted_widths.cumsum(0) - sorted_widths
-    rows, positions = row_and_position(lengths)
+    rows, positions = row_and_position(lengths, total)
     slots = (first_slot + row_widths - lengths)[rows] + positions
     buckets, start = [], 0
     for width, count in zip(widths.tolist(), bucket_of_row.bincount(minlength=len(widths)).tolist(), strict=True):

@@ -110,7 +110,14 @@ class SASRecEncoder(nn.Module):
         cuts: tuple[int, ...] | None = DEFAULT_CUTS,
     ) -> None:
         super().__init__()
-        for name, value in (("num_items", num_items), ("max_length", max_length), ("hidden_size", hidden_size)):
+        for name, value in {
+            "num_items": num_items,
+            "max_length": max_length,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "inner_size": inner_size,
+        }.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if hidden_size % num_heads:
@@ -143,7 +150,7 @@ class SASRecEncoder(nn.Module):
         """
         full = pad_rows == "official"
         cuts = None if full or lengths.device.type != "cpu" else self.cuts
-        plan = plan_buckets(lengths, self.max_length, cuts)
+        plan = plan_buckets(lengths, self.max_length, cuts, len(item_ids))
         packed = item_ids.new_zeros(plan.size)
         packed[plan.slots] = item_ids
         ids = packed if extra_ids is None else torch.cat([packed, extra_ids])
@@ -224,7 +231,7 @@ class GRU4RecEncoder(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal(0, 0.02) for linear and embedding weights, zero biases, zero padding rows; GRU weights likewise."""
+    """Normal(0, 0.02) for linear and embedding weights, Xavier for those of a GRU, zero biases and padding rows."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)

@@ -11,9 +11,14 @@ def row_starts(lengths: Tensor) -> Tensor:
     return lengths.cumsum(0) - lengths
 
 
-def row_and_position(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Row number and position inside the row of every value, both int64 `(values,)`."""
-    rows = torch.repeat_interleave(lengths)
+def row_and_position(lengths: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """Row number and position inside the row of every value, both int64 `(values,)`.
+
+    Args:
+        lengths: int64 `(rows,)`.
+        total: Their sum, where it is known: an accelerator then need not be waited for.
+    """
+    rows = torch.repeat_interleave(lengths, output_size=total)
     positions = torch.arange(rows.numel(), device=lengths.device) - row_starts(lengths)[rows]
     return rows, positions
 
@@ -30,7 +35,7 @@ def pad_left(values: Tensor, lengths: Tensor, width: int, fill: float = 0) -> Te
     Returns:
         `(rows, width, ...)`.
     """
-    rows, positions = row_and_position(lengths)
+    rows, positions = row_and_position(lengths, len(values))
     padded = values.new_full((len(lengths), width, *values.shape[1:]), fill)
     padded[rows, width - lengths[rows] + positions] = values
     return padded
@@ -47,7 +52,7 @@ def keep_last(values: Tensor, lengths: Tensor, limit: int) -> tuple[Tensor, Tens
     """The last `limit` values of every row, and the new lengths."""
     if not bool((lengths > limit).any()):
         return values, lengths
-    rows, positions = row_and_position(lengths)
+    rows, positions = row_and_position(lengths, len(values))
     return values[positions >= lengths[rows] - limit], lengths.clamp(max=limit)
 
 

@@ -182,6 +182,14 @@ class TiCoSeRec(SASRec):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 <= exempt_ratio <= 1:
             raise ValueError(f"exempt_ratio must lie between 0 and 1, got {exempt_ratio}")
+        for name, number in (
+            ("rec_weight", rec_weight),
+            ("cl_weight", cl_weight),
+            ("model_warm_up_epochs", model_warm_up_epochs),
+            ("augmentation_warm_up_epochs", augmentation_warm_up_epochs),
+        ):
+            if number < 0:
+                raise ValueError(f"{name} must be at least 0, got {number}")
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if pad_outputs == "official" and encoder != "sasrec":
@@ -235,9 +243,15 @@ class TiCoSeRec(SASRec):
                 "cl_weight > 0 with positions='time' needs time stamps: give the data a time file or column, or set "
                 "--model.positions random"
             )
-        views = ViewTable(
-            table, self.policy, self.num_items, self.max_length, self.exempt_ratio, blank=self.exempt_mode == "zero"
+        # Views are as long as the sequences beside them.
+        longest = min(
+            self.max_length, getattr(getattr(self.trainer, "datamodule", None), "max_length", self.max_length)
         )
+        views = ViewTable(
+            table, self.policy, self.num_items, longest, self.exempt_ratio, blank=self.exempt_mode == "zero"
+        )
+        if self.exempt_ratio > 0 and not bool(views.exempt.any()):
+            rank_zero_warn(f"exempt_ratio={self.exempt_ratio} leaves nobody alone: no user's evenness is known")
         item_ids, lengths = views.sequences()
         self.views = views.to(self.device)
         self._leave_to_each_process("views")
@@ -246,11 +260,19 @@ class TiCoSeRec(SASRec):
             changes[table.offsets[1:-1] - 1] = 0
             if not bool(changes.any()):
                 rank_zero_warn("all time stamps of every user are equal: choosing by time degenerates to ties")
+        self.similarity_epoch.fill_(-1)
+        if not self._uses_neighbours():
+            return
         offline = ItemSimilarity.fit(item_ids, lengths, self.num_items, self.similarity, int(self.draw_key) % 2**31)
         self.offline_most_similar.copy_(offline.most_similar)
         self.offline_scores.copy_(offline.scores)
         self.offline_limits.copy_(torch.tensor([offline.minimum, offline.maximum]))
         self.most_similar.copy_(offline.most_similar)
+
+    def _uses_neighbours(self) -> bool:
+        """Whether any view can hold a substituted or inserted item."""
+        operators = {*self.policy.short_ops, *self.policy.long_ops}
+        return bool({"S", "I"} & operators) and self.exempt_ratio < 1
 
     def _check_schedule(self) -> None:
         epochs = self.trainer.max_epochs
@@ -267,6 +289,7 @@ class TiCoSeRec(SASRec):
 
     def on_train_start(self) -> None:
         """Draw what each operator does to a few training sequences."""
+        super().on_train_start()
         table = self._known_sequences()
         if self.views is None or table is None or table.timestamps is None or not self.trainer.is_global_zero:
             return
@@ -291,8 +314,9 @@ class TiCoSeRec(SASRec):
         if ready or self.cl_weight == 0 or self.current_epoch < self.model_warm_up_epochs:
             return
         self.similarity_epoch.fill_(self.current_epoch)
+        if not self._uses_neighbours():
+            return
         assert self.views is not None
-        self.views.forget()
         offline = ItemSimilarity(self.offline_most_similar, self.offline_scores, *self.offline_limits.tolist())
         if self.similarity == "random":
             key = int(mix_keys(_SIMILARITY_STREAM, self.current_epoch, self.draw_key))
@@ -315,7 +339,7 @@ class TiCoSeRec(SASRec):
         """
         if self.views is None:
             raise RuntimeError("the views are prepared in setup('fit'): call it before training steps")
-        return Passes(*self.views(user_ids, self.current_epoch, int(self.draw_key), self.most_similar))
+        return Passes(*self.views(user_ids, self.current_epoch, self._key, self.most_similar))
 
     def _contrastive_loss(self, states: Tensor, lengths: Tensor) -> Tensor:
         """NT-Xent of the views' states, `(items, hidden)` or, with official padding, `(rows, max_length, hidden)`."""
@@ -333,10 +357,14 @@ class TiCoSeRec(SASRec):
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Joint loss of the batch; logs `train/*`. Views are built once the model's warm-up is over."""
-        item_ids = unpad_left(batch.item_ids, batch.lengths)
+        item_ids, size = unpad_left(batch.item_ids, batch.lengths), len(batch.lengths)
         if self.cl_weight == 0 or self.current_epoch < self.model_warm_up_epochs:
-            return super().training_step(batch, batch_idx)
-        if len(batch.lengths) == 1 and not (self.gather_negatives and self.trainer.world_size > 1):
+            rec_loss, _ = self._step(batch, Passes(item_ids, batch.lengths))
+            loss = self.rec_weight * rec_loss
+            self.log("train/loss", loss, prog_bar=True, batch_size=size)
+            self.log("train/rec_loss", rec_loss, batch_size=size)
+            return loss
+        if size == 1 and not (self.gather_negatives and self.trainer.world_size > 1):
             rank_zero_warn("a batch of one user has no negatives: its contrastive loss is 0")
         views = self.draw_views(batch.user_ids)
         if self.pad_outputs == "zero":
@@ -347,7 +375,6 @@ class TiCoSeRec(SASRec):
             states, _ = self.encoder.encode(views.item_ids, views.lengths, pad_rows="official")
         cl_loss = self._contrastive_loss(states, views.lengths)
         loss = self.rec_weight * rec_loss + self.cl_weight * cl_loss
-        size = len(batch.lengths)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/rec_loss", rec_loss, batch_size=size)
         self.log("train/cl_loss", cl_loss, prog_bar=True, batch_size=size)

@@ -59,7 +59,8 @@ class Popularity(SequentialRecommender):
         return (self.popularity + tie_break).repeat(len(lengths), 1)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> None:
-        """Nothing to do: the counts are complete after `setup`."""
+        """End the training: the counts are complete after `setup`."""
+        self.trainer.should_stop = True
 
     def configure_optimizers(self) -> None:
         """No optimizer."""

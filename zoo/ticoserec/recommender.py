@@ -49,6 +49,8 @@ class SequentialRecommender(LightningModule):
         sequences: SequenceTable | None,
     ) -> None:
         super().__init__()
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks must be cut-offs of at least 1, got {ks}")
         if num_items is None or num_items < 1:
             raise ValueError(f"num_items must be at least 1, got {num_items}: set --model.num_items")
         if evaluation not in ("masked", "official"):
@@ -57,6 +59,7 @@ class SequentialRecommender(LightningModule):
             raise ValueError(f"top_k must be between 1 and num_items={num_items}, got {top_k}")
         self.num_items, self.evaluation, self.top_k = num_items, evaluation, top_k
         self._given_sequences = sequences
+        self.monitor = f"val/ndcg@{max(ks)}"
         self.val_metrics = FullRankingMetrics(ks, ("hr", "ndcg", "mrr"))
         self.test_metrics = FullRankingMetrics(ks, ("hr", "ndcg", "mrr"))
         # Not nan_strategy="disable", which makes torchmetrics forget the weights.
@@ -72,8 +75,10 @@ class SequentialRecommender(LightningModule):
         """Compare the catalogue with the datamodule's.
 
         Raises:
-            ValueError: If the two differ.
+            ValueError: If the two differ, or the device lacks the double precision that draws and metrics need.
         """
+        if self.device.type == "mps":
+            raise ValueError(f"{type(self).__name__} needs float64, which mps lacks: set --trainer.accelerator cpu")
         data = getattr(self.trainer, "datamodule", None)
         found = getattr(data, "num_items", None)
         if found is not None and found != self.num_items:
@@ -129,7 +134,13 @@ class SequentialRecommender(LightningModule):
             metrics.update(scores, batch.target_ids)
         except ValueError as error:
             users = batch.user_ids[~(scores.amax(1) < torch.inf)].tolist()
+            if not users:
+                raise
             raise ValueError(f"step {self.global_step}, users {users[:5]}: {error}") from error
+        nothing = scores.amax(1) == -torch.inf
+        if bool(nothing.any()):
+            users = batch.user_ids[nothing].tolist()
+            raise ValueError(f"step {self.global_step}, users {users[:5]}: no item has a score above -inf")
         return scores
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
@@ -151,14 +162,15 @@ class SequentialRecommender(LightningModule):
             self._show_recommendations(batch, scores)
 
     def _show_recommendations(self, batch: SequenceBatch, scores: Tensor) -> None:
-        labels = self._labels("item_labels")
+        labels, users = self._labels("item_labels"), self._labels("user_labels")
         rows = []
         for row in range(min(_SHOWN, len(scores))):
             history = [i for i in batch.item_ids[row, -5:].tolist() if i]
-            best = scores[row].topk(5).indices.tolist()
+            best = scores[row].topk(min(5, self.num_items)).indices.tolist()
             target = int(batch.target_ids[row])
             lists = [" ".join(labels(i) for i in ids) for ids in (history, [target], best)]
-            rows.append([int(batch.user_ids[row]), *lists, target in best])
+            user = int(batch.user_ids[row])
+            rows.append([users(user) if user >= 0 else "not in training", *lists, target in best])
         columns = ["user", "last items", "target", "recommended", "hit"]
         log_table(self, "test/recommendations", columns, rows)
 

@@ -105,6 +105,10 @@ class SASRec(SequentialRecommender):
             raise ValueError(f"exclude_negatives must be all or train, got {exclude_negatives!r}")
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be at least 1, got {num_negatives}")
+        if not 0 <= gbce_calibration <= 1:
+            raise ValueError(f"gbce_calibration must lie between 0 and 1, got {gbce_calibration}")
+        if lr <= 0 or weight_decay < 0:
+            raise ValueError(f"lr must be positive and weight_decay at least 0, got {lr} and {weight_decay}")
         self.save_hyperparameters(ignore=["sequences"])
         self.max_length, self.lr, self.weight_decay = max_length, lr, weight_decay
         self.rec_loss, self.num_negatives, self.gbce_calibration = rec_loss, num_negatives, gbce_calibration
@@ -118,6 +122,7 @@ class SASRec(SequentialRecommender):
             self.encoder = GRU4RecEncoder(num_items, max_length, hidden_size, num_layers, hidden_dropout)
         # Key of all keyed draws: from the seed at construction, and the same again in a resumed run.
         self.register_buffer("draw_key", torch.randint(2**62, ()))
+        self._key = int(self.draw_key)
         self.negatives: NegativeSampler | None = None
 
     def setup(self, stage: str) -> None:
@@ -150,15 +155,30 @@ class SASRec(SequentialRecommender):
         names = [key for key, _ in self.named_buffers() if key.startswith(f"{name}.")]
         self._ddp_params_and_buffers_to_ignore = sorted({*ignored, *names})
 
+    def on_train_start(self) -> None:
+        """Take the key of all draws from the module or its checkpoint, once, as reading it waits for the device."""
+        self._key = int(self.draw_key)
+
     def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
-        """States `(batch, width, hidden)` of left-padded histories `(batch, width)`; zeros at padding."""
+        """States `(batch, width, hidden)` of left-padded histories `(batch, width)`; zeros at padding.
+
+        Of histories longer than `max_length` the last `max_length` items count, and the width is `max_length`.
+        """
+        item_ids, lengths = self._newest(item_ids, lengths)
         states: Tensor = self.encoder(item_ids, lengths)
         return states
 
     def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
-        """State after the last item, `(batch, hidden)`."""
+        """State after the last item, `(batch, hidden)`; zeros for an empty history."""
+        item_ids, lengths = self._newest(item_ids, lengths)
         states, _ = self.encoder.encode(unpad_left(item_ids, lengths), lengths)
-        return states[lengths.cumsum(0) - 1]
+        if not len(states):
+            return states.new_zeros(len(lengths), self.encoder.hidden_size)
+        last = states[(lengths.cumsum(0) - 1).clamp(min=0)]
+        return torch.where(lengths[:, None] > 0, last, 0.0)
+
+    def _newest(self, item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return item_ids[:, -self.max_length :], lengths.clamp(max=self.max_length)
 
     def score(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores of all items `(batch, num_items + 1)` in fp32: in bf16 most of them would tie."""
@@ -191,13 +211,13 @@ class SASRec(SequentialRecommender):
             raise RuntimeError("the negatives are prepared in setup('fit'): call it before training steps")
         rows, places = row_and_position(batch.lengths)
         users = batch.user_ids[rows[positions]]
-        keys = mix_keys(int(self.draw_key), _NEGATIVE_STREAM, self.current_epoch, users, places[positions])
+        keys = mix_keys(self._key, _NEGATIVE_STREAM, self.current_epoch, users, places[positions])
         drawn = self.negatives(users, keys, self.num_negatives)
         return torch.cat([target_ids, drawn.flatten()])
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         """Loss of the batch's positions; logs `train/*`."""
-        loss = self._step(batch, Passes(unpad_left(batch.item_ids, batch.lengths), batch.lengths))[0]
+        loss, _ = self._step(batch, Passes(unpad_left(batch.item_ids, batch.lengths), batch.lengths))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.lengths))
         return loss
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from zoo.common.keyed_random import keyed_integers
 from zoo.ticoserec.jagged import row_and_position
 
+_BLOCK = 2048  # rows of the similarity matrix at a time
+
 METHODS = ("itemcf_iuf", "itemcf", "item2vec", "random")
 
 
@@ -75,7 +77,7 @@ def _with_stand_ins(most_similar: np.ndarray, scores: np.ndarray, low: float, hi
 
 
 def _item_cf(
-    item_ids: Tensor, lengths: Tensor, num_items: int, *, inverse_user_frequency: bool, seed: int, block: int = 2048
+    item_ids: Tensor, lengths: Tensor, num_items: int, *, inverse_user_frequency: bool, seed: int
 ) -> ItemSimilarity:
     """C_ij / sqrt(N_i N_j) with C = X^T D X, one block of rows at a time; equal scores go to the lower id."""
     from scipy import sparse
@@ -93,9 +95,9 @@ def _item_cf(
     weighted = (weighted @ sparse.diags(scale)).tocsr()
     most_similar, scores = np.zeros(num_items + 1, np.int64), np.zeros(num_items + 1)
     low, high = np.inf, -np.inf
-    for first in range(0, num_items + 1, block):
-        part = (by_item[first : first + block] @ weighted).tocsr()
-        part.setdiag(0)
+    for first in range(0, num_items + 1, _BLOCK):
+        part = (by_item[first : first + _BLOCK] @ weighted).tocsr()
+        part.setdiag(0, k=first)  # an item's similarity to itself lies on the block's shifted diagonal
         part.eliminate_zeros()
         part.sort_indices()
         filled = np.flatnonzero(np.diff(part.indptr))

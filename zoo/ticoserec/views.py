@@ -13,6 +13,8 @@ from zoo.ticoserec.augment import BLANK, ORIGINAL, Sequences, ViewPolicy, descri
 from zoo.ticoserec.jagged import gather_rows, keep_last, row_and_position
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zoo.ticoserec.types import SequenceTable
 
 _VIEW_STREAM = 12
@@ -67,6 +69,7 @@ class ViewTable(nn.Module):
         blank: bool = False,
     ) -> None:
         super().__init__()
+        self._drawn: _EpochViews | None = None
         self.policy, self.num_items, self.max_length, self.blank = policy, num_items, max_length, blank
         lengths = (table.train_lengths - 1).clamp(min=0)
         first = table.offsets[:-1]
@@ -81,7 +84,8 @@ class ViewTable(nn.Module):
         ranks = torch.zeros(len(table.item_ids), dtype=torch.int16 if int(lengths.max()) < 2**15 else torch.int32)
         ranks[first[described.rows] + described.positions] = described.ranks.to(ranks.dtype)
         users = torch.stack([lengths.int(), described.crop_starts.int(), described.reorder_starts.int()], -1)
-        exempt = table.uniformity_rank < int(exempt_ratio * len(lengths))
+        # Without times nobody has a rank below the number of users, but everybody is everybody.
+        exempt = (table.uniformity_rank < int(exempt_ratio * len(lengths))) | (exempt_ratio == 1)
         for name, tensor in (
             ("item_ids", table.item_ids),
             ("starts", first),
@@ -90,12 +94,16 @@ class ViewTable(nn.Module):
             ("exempt", exempt),
         ):
             self.register_buffer(name, tensor, persistent=False)
-        self._drawn: _EpochViews | None = None
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Training inputs of all users, `(items,)`, and their lengths `(users,)`."""
         lengths = self.users[:, 0].long()
         return gather_rows(self.item_ids, self.starts, lengths), lengths
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ViewTable:
+        # Views drawn on the old device are drawn again on the new one.
+        self.forget()
+        return super()._apply(fn, recurse)
 
     def forget(self) -> None:
         """Draw anew at the next call: the nearest items have changed."""

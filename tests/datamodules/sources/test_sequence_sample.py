@@ -36,5 +36,5 @@ def test_times_tell_where_the_taste_changes_and_who_is_steady() -> None:
     assert np.array_equal(same[inside], ~drifts)
     follows = (truth.successor[data.item_ids[:-1] - 1] == data.item_ids[1:])[inside]
     assert follows[~drifts].mean() > 0.55
-    uniform = rank_of(gap_variance(data.timestamps, data.offsets)) < 400
+    uniform = rank_of(gap_variance(data.timestamps, data.offsets), data.user_labels) < 400
     assert truth.steady[uniform].mean() > 2 * truth.steady[~uniform].mean()

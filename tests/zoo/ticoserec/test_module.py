@@ -194,7 +194,8 @@ def test_views_do_not_depend_on_the_batch_and_differ_between_views_and_epochs():
 
 @pytest.mark.parametrize("view_repr", ["flatten", "last", "mean"])
 def test_joint_loss_is_the_weighted_sum_of_its_published_parts(view_repr):
-    model = prepared(hidden_dropout=0.0, attn_dropout=0.0, view_repr=view_repr, cl_weight=0.3, temperature=2.0)
+    weights = {"cl_weight": 0.3, "rec_weight": 2.0, "temperature": 2.0}
+    model = prepared(hidden_dropout=0.0, attn_dropout=0.0, view_repr=view_repr, **weights)
     logged = {}
     model.log = lambda name, value, **_: logged.__setitem__(name, float(value.detach()))
     batch = Users(make_table())[1]
@@ -204,6 +205,7 @@ def test_joint_loss_is_the_weighted_sum_of_its_published_parts(view_repr):
     first, second = view_vectors(states, lengths, 10, view_repr).chunk(2)
     contrastive = float(nt_xent(first, second, 2.0).detach())
     assert logged["train/cl_loss"] == pytest.approx(contrastive, rel=1e-4)
+    assert loss == pytest.approx(2 * logged["train/rec_loss"] + 0.3 * contrastive, rel=1e-4)
     model.cl_weight = 0
     assert loss == pytest.approx(float(model.training_step(batch, 0).detach()) + 0.3 * contrastive, rel=1e-4)
 
@@ -284,6 +286,11 @@ def test_seen_items_and_padding_never_outrank_the_target():
     # the published code gives seen items and padding the score 0: harmless here, as the target scores above it
     assert ranked(scores, seen, evaluation="official")["test/hr@1"] == 1.0
     assert ranked(scores - 2, seen, evaluation="official")["test/hr@1"] == 0.0
+    # below zero, only true exclusion keeps padding and seen items under the target
+    assert ranked(scores - 2, seen)["test/hr@1"] == 1.0
+    unseen = scores - 2
+    unseen[:, 9] = -5.0
+    assert ranked(unseen, None)["test/hr@1"] == 1.0
     assert ranked(torch.zeros(4, NUM_ITEMS + 1), seen)["test/hr@3"] == 0.0
 
 
@@ -291,6 +298,9 @@ def test_scores_that_are_not_numbers_name_step_and_users():
     scores = torch.zeros(4, NUM_ITEMS + 1)
     scores[2, 7] = torch.nan
     with pytest.raises(ValueError, match=r"step 0, users \[2\]"):
+        ranked(scores, None)
+    scores[2] = -torch.inf
+    with pytest.raises(ValueError, match=r"users \[2\]: no item has a score above -inf"):
         ranked(scores, None)
 
 
@@ -352,6 +362,11 @@ def test_recommend_leaves_out_what_was_seen_and_agrees_with_predict():
         ({"short_ops": "AB"}, "short_ops must be different letters out of SIMRC, got 'AB'"),
         ({"crop_ratio": 0.0}, "crop ratio must lie strictly between 0 and 1, got 0.0"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"cl_weight": -1.0}, "cl_weight must be at least 0, got -1.0"),
+        ({"lr": 0.0}, "lr must be positive and weight_decay at least 0, got 0.0"),
+        ({"gbce_calibration": 5.0}, "gbce_calibration must lie between 0 and 1, got 5.0"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"ks": []}, "ks must be cut-offs of at least 1"),
         ({"view_repr": "first"}, "view_repr must be one of flatten, last, mean, got 'first'"),
         ({"num_items": None}, "set --model.num_items"),
         ({"top_k": 26}, "top_k must be between 1 and num_items=25, got 26"),

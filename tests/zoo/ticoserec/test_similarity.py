@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.ticoserec import ItemSimilarity
+from zoo.ticoserec import ItemSimilarity, similarity
 from zoo.ticoserec.negatives import NegativeSampler
 from zoo.ticoserec.similarity import hybrid_similarity, online_similarity, random_neighbours
 
@@ -35,8 +35,10 @@ def dense_similarity(rows, num_items, inverse_user_frequency):
     return table
 
 
+@pytest.mark.parametrize("block", [4, 2048])
 @pytest.mark.parametrize("method", ["itemcf_iuf", "itemcf"])
-def test_co_occurrence_equals_the_double_loop(method):
+def test_co_occurrence_equals_the_double_loop(method, block, monkeypatch):
+    monkeypatch.setattr(similarity, "_BLOCK", block)
     rows, item_ids, lengths, num_items = toy()
     expected = dense_similarity(rows, num_items, method == "itemcf_iuf")
     assert np.allclose(expected, expected.T) and expected.diagonal().max() == 0
