@@ -53,6 +53,8 @@ TOY = Method(
 )
 
 SEQUENCES = ("--data.sample_users", "192", "--model.hidden_size", "32")
+CONTRASTIVE = (*SEQUENCES, "--model.model_warm_up_epochs", "0", "--model.augmentation_warm_up_epochs", "0")
+NO_DROPOUT = ("--model.hidden_dropout", "0", "--model.attn_dropout", "0")
 
 METHODS = [
     TOY,
@@ -60,20 +62,37 @@ METHODS = [
         "SASRec",
         ("--model", "SASRec", "--data", "SequenceData"),
         small=SEQUENCES,
-        exact=("--model.hidden_dropout", "0", "--model.attn_dropout", "0"),
+        exact=NO_DROPOUT,
         figures=True,
         tables=True,
     ),
     Method(
         "TiCoSeRec",
         ("--config", str(CONFIGS / "ticoserec" / "demo.yaml")),
-        small=(*SEQUENCES, "--model.model_warm_up_epochs", "0", "--model.augmentation_warm_up_epochs", "0"),
-        exact=("--model.hidden_dropout", "0", "--model.attn_dropout", "0", "--model.gather_negatives", "true"),
+        small=CONTRASTIVE,
+        exact=(*NO_DROPOUT, "--model.gather_negatives", "true"),
         figures=True,
         tables=True,
     ),
 ]
 """The toy comes first: where it fails, the battery is at fault and not a method."""
+
+VARIANTS = [
+    *(
+        Method(name, ("--model", name, "--data", "SequenceData"), small=CONTRASTIVE, exact=NO_DROPOUT)
+        for name in ("CoSeRec", "CL4SRec")
+    ),
+    Method(
+        "TiCoSeRec with GRU4Rec",
+        ("--model", "TiCoSeRec", "--data", "SequenceData", "--model.encoder", "gru4rec"),
+        small=CONTRASTIVE,
+        exact=NO_DROPOUT,
+    ),
+]
+"""Other settings of the methods above, for the batteries where these may matter."""
+
+POPULARITY = Method("Popularity", ("--model", "Popularity", "--data", "SequenceData"), small=SEQUENCES[:2])
+"""Has no weights and no optimizer, so no gradients to compare and no step to resume from."""
 
 EMBEDDED: dict[str, tuple[str, ...]] = {"SequenceData": ("--data.source", "embedded", "--data.order", "auto")}
 """For each data module, what puts its embedded sample in place of real data in a config."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ import datamodules
 import train
 import zoo
 from tests.conftest import ROOT
-from tests.toy import ToyModel, ToyModelWithoutMetric
+from tests.toy import ToyModel
 from zoo.common.checkpoints import load_checkpoint
 
 if TYPE_CHECKING:
@@ -137,12 +135,17 @@ def test_a_mistake_in_the_command_is_one_paragraph_with_status_2(refused, argume
         ("trainr:\n  max_epochs: 3\n", "trainr"),
         ("model:\n  class_path: tests.toy.ToyModel\n  init_args:\n    lr: fast\n", "fast"),
         ("\x00\x01", "config.yaml"),
+        ("", "config.yaml: expected options"),
+        ("- 1\n- 2\n", "config.yaml: expected options"),
+        ("just text", "found just text"),
+        (b"\xff\xfe\x00", "config.yaml: not a text file in UTF-8"),
     ],
 )
-def test_an_unreadable_config_is_one_paragraph_with_status_2(refused, tmp_path, content, expected):
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_an_unreadable_config_is_one_paragraph_with_status_2(refused, tmp_path, content, expected, form):
     config = tmp_path / "config.yaml"
-    config.write_text(content)
-    assert expected in refused(2, *COMMAND, "--config", str(config))
+    config.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert expected in refused(2, *COMMAND, *form.format(config).split())
 
 
 def test_missing_model_and_data_are_asked_for_by_name(refused):
@@ -261,6 +264,30 @@ def test_pipes_get_one_line_per_epoch(tmp_path):
     assert "\r" not in done.stdout
 
 
+def test_what_the_data_logs_is_shown_in_one_line_each_and_once(run, capsys):
+    command = ("--model", "Popularity", "--data", "SequenceData", "--data.sample_users", "60", *FAST, *QUIET)
+    for _ in range(2):
+        run(*command)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("embedded: 60 users, ")]
+        assert len(lines) == len(set(lines)), lines
+
+
+def test_only_the_first_process_shows_what_is_logged(run, capfd):
+    two = ("--trainer.strategy", "ddp_fork", "--trainer.devices", "2")
+    run("fit", "--model", "tests.toy.ToyModel", "--data", "tests.toy.TalkingData", *FAST, *QUIET, *two)
+    # The other process runs the same code.
+    assert capfd.readouterr().err.count("warning: 48 rows\n") == 1
+
+
+def test_a_model_that_only_counts_runs_one_epoch_without_alarm_and_leaves_its_checkpoints(run, capsys):
+    # Every warning is an error here.
+    cli = run("--model", "Popularity", "--data", "SequenceData", "--data.sample_users", "60", *QUIET, *FAST[2:])
+    assert "optimizer" not in capsys.readouterr().err
+    assert load_checkpoint(cli.run_folder / "last.ckpt")["epoch"] == 0
+    assert load_checkpoint(cli.run_folder / "best.ckpt")["state_dict"]["popularity"].sum() > 0
+
+
 # Sizes taken from the data
 
 
@@ -297,130 +324,3 @@ def test_the_arguments_default_serves_where_neither_knows_it(run):
 
 def test_a_size_given_by_hand_that_agrees_is_accepted(run):
     assert run("fit", *COMMAND, "--model.num_classes", "3").model.layers[-1].out_features == 3
-
-
-# Checkpoints on the command line
-
-
-def test_a_test_takes_the_settings_that_were_not_typed_from_the_checkpoint(run, capsys):
-    first = run(*COMMAND, "--model.hidden_size", "5")
-    again = run("test", *COMMAND, "--ckpt_path", str(first.run_folder / "best.ckpt"))
-    assert again.model.layers[0].out_features == 5
-    assert again.trainer.callback_metrics["test/loss"] == first.trainer.callback_metrics["test/loss"]
-    assert "hidden_size=5" in capsys.readouterr().err
-
-
-def test_settings_that_contradict_the_checkpoint_are_refused_with_their_list(run, refused):
-    first = run("fit", *COMMAND, "--model.hidden_size", "5")
-    path = str(first.run_folder / "last.ckpt")
-    error = refused(2, "test", *COMMAND, "--model.hidden_size", "6", "--model.lr", "0.5", "--ckpt_path", path)
-    assert "hidden_size: 5 there, 6 here" in error and "lr: 0.1 there, 0.5 here" in error and path in error
-
-
-def test_a_checkpoint_of_another_model_is_refused_with_both_names(run, refused):
-    path = str(run("fit", *COMMAND).run_folder / "last.ckpt")
-    error = refused(2, "test", "--model", "tests.toy.ToyModelWithoutMetric", *COMMAND[2:], "--ckpt_path", path)
-    assert "tests.toy.ToyModel," in error and "tests.toy.ToyModelWithoutMetric" in error
-
-
-def test_a_checkpoint_for_data_of_another_size_is_refused(run, refused):
-    path = str(run("fit", *COMMAND).run_folder / "last.ckpt")
-    error = refused(2, "test", *COMMAND, "--data.classes", "4", "--ckpt_path", path)
-    assert "trained with num_classes = 3" in error and "ToyData has 4" in error
-
-
-def test_a_missing_checkpoint_names_those_that_are_there(run, refused):
-    folder = run("fit", *COMMAND).run_folder
-    error = refused(2, "test", *COMMAND, "--ckpt_path", str(folder / "none.ckpt"))
-    assert "no such checkpoint" in error and "best.ckpt, last.ckpt" in error
-
-
-def test_a_truncated_checkpoint_is_refused(run, refused):
-    path = run("fit", *COMMAND).run_folder / "last.ckpt"
-    path.write_bytes(path.read_bytes()[:-200])
-    assert "cut short" in refused(2, "fit", *COMMAND, "--ckpt_path", str(path))
-
-
-def test_a_checkpoint_that_could_run_code_is_refused(refused, tmp_path):
-    torch.save({"hyper_parameters": {}, "state_dict": {}, "path": tmp_path}, tmp_path / "foreign.ckpt")
-    assert "could run code" in refused(2, "test", *COMMAND, "--ckpt_path", str(tmp_path / "foreign.ckpt"))
-
-
-def test_the_model_of_a_run_loads_without_data(run):
-    cli = run(*COMMAND)
-    loaded = ToyModel.load_from_checkpoint(cli.run_folder / "best.ckpt")
-    for name, value in cli.model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name])
-
-
-def test_a_model_made_outside_the_command_line_can_be_tested_by_it(run, tmp_path):
-    from lightning.pytorch import Trainer
-
-    from tests.toy import ToyData
-
-    trainer = Trainer(
-        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    trainer.fit(ToyModel(3, hidden_size=6), datamodule=ToyData())
-    trainer.save_checkpoint(tmp_path / "own.ckpt")
-    cli = run("test", *COMMAND, "--ckpt_path", str(tmp_path / "own.ckpt"))
-    assert cli.model.layers[0].out_features == 6
-
-
-# Going on from the last checkpoint
-
-
-def test_last_finds_the_newest_run_of_the_same_configuration_and_goes_on_in_its_folder(run):
-    straight = run("fit", *COMMAND, "--trainer.max_epochs", "4", "--seed_everything", "1")
-    run("fit", *COMMAND, "--model.lr", "0.2")
-    first = run("fit", *COMMAND, "--seed_everything", "1")
-    os.utime(straight.run_folder / "last.ckpt", (1, 1))
-    resumed = run("fit", *COMMAND, "--seed_everything", "1", "--trainer.max_epochs", "4", "--ckpt_path", "last")
-    assert resumed.run_folder == first.run_folder
-    assert load_checkpoint(first.run_folder / "last.ckpt")["epoch"] == 3
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name])
-
-
-def test_the_metrics_of_a_resumed_run_go_on_where_its_checkpoint_was_saved(run):
-    setting = (*COMMAND, "--save_every_n_steps", "4")
-    folder = run("run", *setting, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "5").run_folder
-    run("run", *setting, "--ckpt_path", "last")
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    validated = [int(row["step"]) for row in rows if row["val/loss"]]
-    assert validated == sorted(set(validated)) and len(validated) == 2
-    assert [row["test/loss"] != "" for row in rows].count(True) == 1
-    assert sorted(path.name for path in folder.iterdir() if path.suffix in (".csv", ".tmp", ".kept")) == ["metrics.csv"]
-
-
-def test_last_without_a_run_of_that_configuration_names_the_closest(run, refused):
-    assert "no run under" in refused(2, "fit", *COMMAND, "--ckpt_path", "last")
-    path = run("fit", *COMMAND).run_folder / "last.ckpt"
-    error = refused(2, "fit", *COMMAND, "--model.lr", "0.2", "--ckpt_path", "last")
-    assert "no run under" in error and str(path) in error and "model.lr: 0.1, now 0.2" in error
-
-
-def test_best_is_found_for_a_test_in_the_same_way(run):
-    first = run(*COMMAND)
-    again = run("test", *COMMAND, "--ckpt_path", "best")
-    assert again.result["metrics"]["test/loss"] == first.result["metrics"]["test/loss"]
-
-
-def test_a_resumed_run_remembers_the_best_score(run):
-    # With this step size the first epochs are the best ones, and the later ones must not replace them.
-    setting = (*COMMAND, "--model.lr", "3", "--model.dropout", "0")
-    first = run("fit", *setting)
-    best = load_checkpoint(first.run_folder / "best.ckpt")
-    score = next(v["best_model_score"] for k, v in best["callbacks"].items() if k.startswith("BestCheckpoint"))
-    run("fit", *setting, "--trainer.max_epochs", "3", "--ckpt_path", "last")
-    after = load_checkpoint(first.run_folder / "best.ckpt")
-    new = next(v["best_model_score"] for k, v in after["callbacks"].items() if k.startswith("BestCheckpoint"))
-    assert new <= score
-
-
-def test_predict_runs_from_the_best_checkpoint(run):
-    run("fit", *COMMAND)
-    cli = run("predict", *COMMAND, "--ckpt_path", "best")
-    assert isinstance(cli.model, ToyModel) and not isinstance(cli.model, ToyModelWithoutMetric)

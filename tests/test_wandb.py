@@ -66,3 +66,18 @@ def test_wandb_named_as_the_trainers_logger_logs_and_csv_stays(run, tmp_path, mo
 
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*")) and (cli.run_folder / "metrics.csv").exists()
+
+
+def test_a_resumed_run_goes_on_in_the_same_run(run):
+    import wandb
+
+    method = METHODS[0]
+    ids = []
+    for more in ((), ("--ckpt_path", "last", "--trainer.max_epochs", "3"), ("--trainer.max_epochs", "1")):
+        cli = run("fit", *method.command, "--logger", "wandb", *more)
+        ids.append(cli.trainer.loggers[1].experiment.id)
+        wandb.finish()
+    assert ids[0] == ids[1] != ids[2]
+    # `wandb sync` uploads both parts into one run.
+    parts = list((cli.run_folder.parent / "version_0").glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))
+    assert len(parts) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,13 @@ class ToyData(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         return self._loader(17)
+
+
+class TalkingData(ToyData):
+    """Data that logs, under a name that the command line shows."""
+
+    def setup(self, stage: str) -> None:
+        logging.getLogger("datamodules.toy").warning("%d rows", self.rows)
 
 
 class ToyDataWithoutSizes(LightningDataModule):

@@ -71,6 +71,48 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checkpoint
 
 
+def load_run_checkpoint(path: str | Path, resume: bool) -> dict[str, Any]:
+    """Read what a Trainer saved.
+
+    Args:
+        path: A local file.
+        resume: Whether training is to go on from it, which needs more than the weights.
+
+    Returns:
+        The checkpoint's dictionary.
+
+    Raises:
+        CheckpointError: As for `load_checkpoint`, or if a Trainer cannot use it.
+    """
+    checkpoint = load_checkpoint(path)
+    if not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+        shown = ", ".join(map(str, list(checkpoint)[:4])) + (", ..." if len(checkpoint) > 4 else "")
+        raise CheckpointError(
+            f"{path}: no checkpoint of a Lightning run; it holds {shown or 'nothing'}. Bare weights are loaded in "
+            "Python, with load_state_dict."
+        )
+    if resume and not {"loops", "optimizer_states"} <= checkpoint.keys():
+        raise CheckpointError(
+            f"{path}: holds the weights alone, without the state of the training, and cannot be resumed. Test it, or "
+            "use the run's last.ckpt."
+        )
+    return checkpoint
+
+
+def weights_mismatch(error: BaseException) -> str | None:
+    """What does not fit, in one sentence, if `error` is torch's list of it."""
+    text = str(error)
+    if "Error(s) in loading state_dict" not in text:
+        return None
+    shape = re.compile(r"size mismatch for (\S+): .*?torch.Size\((\[.*?\])\) from checkpoint.*?torch.Size\((\[.*?\])\)")
+    found = [f"{name} is {theirs} there and {ours} here" for name, theirs, ours in shape.findall(text)]
+    for label, where in (("Missing", "here only"), ("Unexpected", "there only")):
+        for names in re.findall(rf"{label} key\(s\) in state_dict: (.*)", text):
+            found += [f"{name} is {where}" for name in re.findall(r'"([^"]+)"', names)]
+    shown = "; ".join(found[:3]) or _first_line(error)
+    return shown + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it, so that a file under the final name is always whole.
 
@@ -137,6 +179,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str | Path, monitor: str, mode: str) -> None:
         super().__init__(dirpath=dirpath, filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+        _save_at_step_zero(self)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -158,6 +201,12 @@ class LastCheckpoint(ModelCheckpoint):
             # Also in epochs without validation, and after the validation of those that have one.
             save_on_train_epoch_end=True if every_n_train_steps is None else None,
         )
+        _save_at_step_zero(self)
+
+
+def _save_at_step_zero(callback: ModelCheckpoint) -> None:
+    """Make a checkpoint of a model that has no optimizer, which never leaves step 0 and otherwise counts as saved."""
+    callback._last_global_step_saved = -1
 
 
 def evaluation_checkpoint(trainer: Trainer, model: LightningModule) -> str | None:

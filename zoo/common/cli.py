@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -26,13 +25,15 @@ from zoo.common.checkpoints import (
     BestCheckpoint,
     CheckpointError,
     LastCheckpoint,
-    load_checkpoint,
+    load_run_checkpoint,
+    weights_mismatch,
 )
-from zoo.common.console import print_metrics, progress_callback
+from zoo.common.console import prepare_console, print_metrics, progress_callback
 from zoo.common.dimensions import DIMENSIONS, resolve_dimension
-from zoo.common.parser import EXPECTED, UsageError, ZooParser, cause_for_users
+from zoo.common.memory import TrimHeap
+from zoo.common.parser import EXPECTED, UsageError, ZooParser, cause_for_users, import_mentioned
 from zoo.common.reproducibility import StepSeed
-from zoo.common.run_logger import RunLogger, drop_later_rows
+from zoo.common.run_logger import RunLogger, drop_later_rows, wandb_run_id
 from zoo.common.runs import find_checkpoint, same_run
 from zoo.common.trainer import SaveConfig, Stopwatch, ZooTrainer
 
@@ -45,23 +46,6 @@ Names: TypeAlias = "tuple[ModuleType, Sequence[str]]"
 
 RUNS = "runs"
 SUBCOMMANDS = ("run", "fit", "validate", "test", "predict")
-
-_NOISE = (
-    # Lightning's use of a name that torch has deprecated.
-    ".isinstance.treespec, LeafSpec",
-    # The folder holds the run's own config.yaml, or the checkpoint that is being resumed.
-    "Checkpoint directory .* exists and is not empty",
-    # A fork of an old run starts its own list of best checkpoints, as it should.
-    "The dirpath has changed from",
-    "The '.*dataloader' does not have many workers",
-    # A run without validation has no best epoch; if there was a validation, Lightning raises instead.
-    ".*could not find the monitored key",
-    # What comes out of a Metric is the same on all ranks; where it is not, two processes do not score as one does,
-    # and that is tested.
-    "It is recommended to use `self.log\\(.*sync_dist=True",
-    # The state after the optimizer step is the one to resume from.
-    "Using ModelCheckpoint with manual optimization and every_n_train_steps",
-)
 
 
 class _Instantiator(_InstantiatorFn):
@@ -91,7 +75,7 @@ class ZooCLI(LightningCLI):
         self._resumed_folder: Path | None = None
         self._resumed_step = 0
         self._trained_dimensions: dict[str, Any] = {}
-        _import_mentioned(sys.argv[1:], (models, data))
+        import_mentioned(sys.argv[1:], (models, data))
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -167,7 +151,7 @@ class ZooCLI(LightningCLI):
         config = yaml.safe_load(parser.dump(section, skip_none=False))
         try:
             path = self._checkpoint_path(section, config)
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_run_checkpoint(path, resume=subcommand in ("run", "fit"))
         except (FileNotFoundError, CheckpointError) as error:
             raise UsageError(str(error)) from error
         if subcommand in ("run", "fit") and path.name == "last.ckpt" and same_run(path.parent, config):
@@ -236,7 +220,7 @@ class ZooCLI(LightningCLI):
             self.run_folder = Path(csv.log_dir)
         kwargs["logger"] = [csv, *self._loggers(given, section, csv)]
         callbacks = [*_listed(given.get("callbacks"), Callback)]
-        added: list[Callback] = [Stopwatch(), StepSeed(int(section["seed_everything"]))]
+        added: list[Callback] = [Stopwatch(), StepSeed(int(section["seed_everything"])), TrimHeap()]
         if given.get("enable_checkpointing") is not False:
             added += self._checkpoints(Path(csv.log_dir), section)
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -266,8 +250,10 @@ class ZooCLI(LightningCLI):
             from lightning.pytorch.loggers import WandbLogger
 
             if not any(isinstance(logger, WandbLogger) for logger in loggers):
+                folder = self._resumed_folder
+                same = wandb_run_id(folder) if folder is not None else None
                 name = f"{csv.name}-{csv.version}"
-                loggers.append(WandbLogger(project="zoo", name=name, save_dir=csv.log_dir))
+                loggers.append(WandbLogger(project="zoo", name=name, save_dir=csv.log_dir, id=same))
         return loggers
 
     def _checkpoints(self, folder: Path, section: Any) -> list[Callback]:
@@ -278,6 +264,18 @@ class ZooCLI(LightningCLI):
         if section["save_every_n_steps"]:
             callbacks.append(LastCheckpoint(folder, every_n_train_steps=section["save_every_n_steps"]))
         return [*callbacks, LastCheckpoint(folder)]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            mismatch = weights_mismatch(error)
+            if mismatch is None:
+                raise
+            raise CheckpointError(
+                f"{self.config[subcommand]['ckpt_path']}: its weights do not fit this {type(self.model).__name__}: "
+                f"{mismatch}. Give the options of the training, or another checkpoint."
+            ) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -299,6 +297,18 @@ class ZooCLI(LightningCLI):
     def after_validate(self) -> None:
         """Show the metrics of `validate`."""
         self._report("Validation", write=False)
+
+    def after_fit(self) -> None:
+        """Say where the checkpoints are."""
+        self._say_where()
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        self._say_where()
+
+    def _say_where(self) -> None:
+        if self.trainer.is_global_zero and self.run_folder is not None:
+            print(f"Results in {self.run_folder}")
 
     def _report(self, title: str, write: bool) -> None:
         if not self.trainer.is_global_zero:
@@ -323,7 +333,7 @@ class ZooCLI(LightningCLI):
             metrics=metrics,
             seconds={"fit": timer.time_elapsed("train"), "test": timer.time_elapsed("test")},
         )
-        print(f"Results in {self.run_folder}")
+        self._say_where()
 
 
 def run_cli(models: Names, data: Names) -> ZooCLI:
@@ -349,9 +359,7 @@ def run_cli(models: Names, data: Names) -> ZooCLI:
     if sys.argv[1] not in SUBCOMMANDS:
         sys.stderr.write(f"error: {sys.argv[1]}: no such subcommand. There are {', '.join(SUBCOMMANDS)}.\n")
         raise SystemExit(2)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
+    prepare_console([package.__name__ for package, _ in (models, data)])
     try:
         return ZooCLI(models, data)
     except EXPECTED as error:
@@ -371,20 +379,6 @@ def command_line(arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def _import_mentioned(arguments: Sequence[str], packages: Sequence[Names]) -> None:
-    """Load the known classes that a command or its configs name: the parser finds bare names only among those."""
-    text = list(arguments)
-    for word in arguments:
-        path = Path(word.partition("=")[2] if word.startswith("-") else word)
-        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            text.append(path.read_text(encoding="utf-8", errors="replace"))
-    mentioned = " ".join(text)
-    for package, known in packages:
-        for name in known:
-            if name in mentioned:
-                getattr(package, name)
 
 
 def _class_of(class_path: str) -> type:

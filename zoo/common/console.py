@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+_NOISE = (
+    # Lightning's use of a name that torch has deprecated.
+    ".isinstance.treespec, LeafSpec",
+    # The folder holds the run's own config.yaml, or the checkpoint that is being resumed.
+    "Checkpoint directory .* exists and is not empty",
+    # A fork of an old run starts its own list of best checkpoints, as it should.
+    "The dirpath has changed from",
+    "The '.*dataloader' does not have many workers",
+    # A run without validation has no best epoch; if there was a validation, Lightning raises instead.
+    ".*could not find the monitored key",
+    # What comes out of a Metric is the same on all ranks; where it is not, two processes do not score as one does,
+    # and that is tested.
+    "It is recommended to use `self.log\\(.*sync_dist=True",
+    # The state after the optimizer step is the one to resume from.
+    "Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    # Models that count say so by returning None; one that forgot to choose an optimizer is an error.
+    "`LightningModule.configure_optimizers` returned `None`",
+)
+
+
+class LogLines(logging.Handler):
+    """Writes log records to stderr as they are, one line each, from the first process alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+            # Looked up for each record: a progress bar puts a stream of its own there for a while.
+            print(level + self.format(record), file=sys.stderr, flush=True)
+
+
+def prepare_console(packages: Sequence[str]) -> None:
+    """Show what the packages log, and silence what Lightning says to everybody in every run.
+
+    Args:
+        packages: Names of loggers, shown from level INFO on.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in packages:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, LogLines) for handler in logger.handlers):
+            logger.addHandler(LogLines())
 
 
 class EpochLines(Callback):

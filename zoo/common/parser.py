@@ -8,6 +8,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, NoReturn
 
 import yaml
@@ -19,10 +20,12 @@ from zoo.common.usage import unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from types import ModuleType
 
 EXPECTED = (ValueError, OSError, ImportError, MisconfigurationException)
 """Errors that are made for users: bad input, bad settings, missing files, missing packages."""
 
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _NO_INFORMATION = ("Expected a <class 'NoneType'>", "Expected a path but")
 
 
@@ -67,6 +70,9 @@ class ZooParser(LightningArgumentParser):
         if problem := re.search(r"Problems parsing config: (.*)", message, re.DOTALL):
             where = problem[1].replace(' in "<unicode string>",', ",")
             return f"{_broken_config()}: not a readable YAML file: {' '.join(where.split())}"
+        if message.startswith("Unexpected config:"):
+            found = shorten(message.partition(":")[2], 60, placeholder=" ...") or "nothing"
+            return f"{_broken_config()}: expected options such as 'model: {self.known['model'][0]}', found {found}"
         return _condensed(message)
 
 
@@ -107,16 +113,46 @@ def _condensed(message: str) -> str:
 
 
 def _broken_config() -> str:
-    """The first config on the command line that is no YAML."""
+    """The first config on the command line that is no YAML, or no mapping."""
     words = [word for argument in sys.argv for word in argument.split("=", 1)]
-    for path in (Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))):
+    for path in (Path(word) for word in words if word.endswith(_CONFIG_SUFFIXES)):
         try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
+                return str(path)
         except (yaml.YAMLError, UnicodeDecodeError):
             return str(path)
         except OSError:
             continue
     return "--config"
+
+
+def import_mentioned(arguments: Sequence[str], packages: Sequence[tuple[ModuleType, Sequence[str]]]) -> None:
+    """Load the known classes that a command or its configs name: the parser finds bare names only among those.
+
+    Args:
+        arguments: What follows the program's name.
+        packages: Packages, and those of their public names that may be given bare.
+
+    Raises:
+        UsageError: A config is no text.
+    """
+    text = list(arguments)
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, _, value = word.partition("=") if word.startswith("-") else (before, "", word)
+        path = Path(value)
+        if path.suffix not in _CONFIG_SUFFIXES or not path.is_file():
+            continue
+        try:
+            text.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            # Other options may name files that only look like configs.
+            if option in ("--config", "--model", "--data", "--trainer"):
+                raise UsageError(f"{path}: not a text file in UTF-8: {error}") from error
+    mentioned = " ".join(text)
+    for package, known in packages:
+        for name in known:
+            if name in mentioned:
+                getattr(package, name)
 
 
 def cause_for_users(error: BaseException) -> BaseException:

@@ -43,6 +43,15 @@ class RunLogger(CSVLogger):
         return writer
 
 
+def wandb_run_id(folder: Path) -> str | None:
+    """Id of the last Weights & Biases run that wrote in a run's folder, to go on with; None if there is none.
+
+    An offline run goes on in a second `offline-run-*-ID` folder; `wandb sync` uploads both into one run.
+    """
+    files = sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    return files[-1].stem.removeprefix("run-") if files else None
+
+
 @rank_zero_only
 def drop_later_rows(path: Path, step: int) -> None:
     """Remove from a `metrics.csv` the rows of `step` and later, which a resumed run writes again."""

@@ -17,12 +17,16 @@ TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gr
 """The Trainer's settings that change what a step computes; limits, devices and loggers do not make another run."""
 
 
+TESTING_KEYS = ("data.init_args.test_path",)
+"""Settings that decide what is tested on, and not what is trained."""
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is trained, flat: `{"model.init_args.lr": 0.001, ...}`."""
     trainer = config.get("trainer") or {}
     kept = {key: config.get(key) for key in ("model", "data", "seed_everything")}
     kept["trainer"] = {key: trainer.get(key) for key in TRAINER_KEYS}
-    return dict(flatten(kept))
+    return {key: value for key, value in flatten(kept) if key not in TESTING_KEYS}
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,7 +103,8 @@ class ViewTable(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ViewTable:
         # Views drawn on the old device are drawn again on the new one.
         self.forget()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forget(self) -> None:
         """Draw anew at the next call: the nearest items have changed."""
