@@ -28,4 +28,4 @@ def run_ranks(folder: Path, function: Callable[..., Any], *arguments: Any, world
     finally:
         for process in context.processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

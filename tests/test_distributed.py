@@ -45,7 +45,7 @@ def test_two_processes_take_the_same_first_step(run, tmp_path, method: Method):
         recorder = ("--trainer.callbacks+=tests.callbacks.GradientRecorder", f"--trainer.callbacks.folder={folder}")
         steps = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
         run("fit", *method.command, *method.exact, *steps, *recorder, *arguments)
-        return [torch.load(path) for path in sorted(folder.iterdir())]
+        return [torch.load(path, weights_only=True) for path in sorted(folder.iterdir())]
 
     (one,) = first_step("one")
     two = first_step("two", *halved(method), *TWO)

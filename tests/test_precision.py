@@ -27,7 +27,7 @@ def test_bf16_mixed_is_close_to_fp32(run, tmp_path, method: Method):
             "1",
             *recorder,
         )
-        return torch.load(tmp_path / precision / "0.pt")
+        return torch.load(tmp_path / precision / "0.pt", weights_only=True)
 
     full, half = first_step("32-true"), first_step("bf16-mixed")
     assert full.keys() == half.keys()

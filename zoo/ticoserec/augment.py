@@ -126,9 +126,9 @@ class Views(NamedTuple):
     inserted: Tensor
 
 
-def counts_of(ratio: float, lengths: Tensor, at_least: int = 0) -> Tensor:
-    """floor(ratio * n), but at least `at_least`."""
-    return (lengths.double() * ratio).floor().long().clamp(min=at_least)
+def counts_of(ratio: float, lengths: Tensor) -> Tensor:
+    """floor(ratio * n)."""
+    return (lengths.double() * ratio).floor().long()
 
 
 def describe(
