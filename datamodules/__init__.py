@@ -9,16 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401 - for readers and type checkers
+    # For readers and type checkers.
+    from datamodules.image_tasks import ImageTaskData  # noqa: F401
+    from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
+    from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
+    from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
 
 DATAMODULES: dict[str, str] = {
+    "ImageTaskData": "datamodules.image_tasks",
     "SequenceData": "datamodules.sequence",
+    "TabularTaskData": "datamodules.tabular_tasks",
 }
 """The LightningDataModules, what `train.py --data` takes, and where each is defined."""
 
 BATCHES: dict[str, str] = {
+    "ImageTaskBatch": "datamodules.task_batches",
     "SequenceBatch": "datamodules.sequence",
     "SequenceTable": "datamodules.sequence",
+    "TabularTaskBatch": "datamodules.task_batches",
 }
 """What they hand to a model, and where each is defined."""
 

@@ -1,19 +1,22 @@
-"""Sequences from tables with one row per interaction: CSV, Parquet and data frames."""
+"""Reading of CSV and Parquet tables, and sequences from those with one row per interaction."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+import zlib
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
 from datamodules.sources.interactions import Interactions, Ints, offsets_of
-from datamodules.sources.sequence_text import MILLISECONDS, check_text, read_bytes
+from datamodules.sources.sequence_text import MILLISECONDS, check_text, line_of, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Columns = tuple[str, str, "str | None"]
+_BLOCK = 1 << 24  # bytes
 
 
 def _check_columns(path: str, present: list[str], columns: Columns) -> None:
@@ -63,6 +67,25 @@ def read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or a column is missing.
     """
+
+    def choose(present: list[str]) -> list[str]:
+        _check_columns(str(path), present, columns)
+        return [name for name in columns if name is not None]
+
+    return parquet_columns(path, choose)
+
+
+def parquet_columns(path: Path, choose: Callable[[list[str]], list[str]]) -> pd.DataFrame:
+    """Read some columns of a Parquet table.
+
+    Args:
+        path: The file.
+        choose: Takes the names of all columns and returns those to read, or refuses.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -70,11 +93,165 @@ def read_parquet(path: Path, columns: Columns) -> pd.DataFrame:
         raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(str(path), file.schema_arrow.names, columns)
-            frame: pd.DataFrame = file.read(columns=[name for name in columns if name is not None]).to_pandas()
+            columns = choose(file.schema_arrow.names)
+            frame: pd.DataFrame = file.read(columns=columns).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is truncated or no Parquet file ({error}): copy it again") from error
     return frame
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Whole lines of a file, some megabytes at a time.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated or no gzip file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    rest = b""
+    try:
+        with _open(path) as file:
+            while chunk := file.read(_BLOCK):
+                head, newline, tail = chunk.rpartition(b"\n")
+                if newline:
+                    yield rest + head + newline
+                    rest = tail
+                else:
+                    rest += chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or no gzip file ({error}): copy it again") from error
+    if rest:
+        yield rest + b"\n"
+
+
+def first_line(path: Path) -> str:
+    """The first line of a text file, or an empty text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated.
+    """
+    block = next(_blocks(path), b"").removeprefix(b"\xef\xbb\xbf")
+    return block[: block.find(b"\n")].rstrip(b"\r").decode(errors="replace") if block else ""
+
+
+def _check_lines(path: Path, separator: str, fields: int, skip: int) -> int:
+    """Number of lines after the first `skip`; each has that many fields, two or more, and empty ones are last."""
+    total, rows, blank, quoted = 0, 0, 0, False
+
+    def check(line: int, found: int) -> None:
+        if blank:
+            raise ValueError(f"{path} line {blank} is blank; remove it")
+        if found != fields:
+            raise ValueError(f"{path} line {line} has {found} fields separated by {separator!r}, expected {fields}")
+
+    for block in _blocks(path):
+        try:
+            block.decode()
+        except UnicodeDecodeError as error:
+            line, byte = total + line_of(block, error.start), block[error.start]
+            raise ValueError(
+                f"{path} line {line}: byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8"
+            ) from None
+        quoted = quoted or b'"' in block
+        symbols = np.frombuffer(block, dtype=np.uint8)
+        ends = np.flatnonzero(symbols == 10)
+        found = np.diff(np.searchsorted(np.flatnonzero(symbols == ord(separator)), ends), prepend=0) + 1
+        lines = total + 1 + np.arange(len(ends))
+        total += len(ends)
+        if quoted:  # a field may hold a separator or an end of line: then the slower way below
+            continue
+        filled = lines > skip
+        for place in np.flatnonzero(filled & (found != fields)).tolist():
+            filled[place] = bool(block[ends[place - 1] + 1 if place else 0 : ends[place]].strip())
+            if filled[place]:
+                check(int(lines[place]), int(found[place]))
+            blank = blank or int(lines[place])
+        if (filled & (lines > blank)).any():
+            check(total, fields)
+        rows += int(filled.sum())
+    if not quoted:
+        return rows
+    rows = blank = 0
+    with _open(path) as file:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator)
+        try:
+            for row in reader:
+                if reader.line_num <= skip:
+                    continue
+                if len(row) > 1 or "".join(row).strip():
+                    check(reader.line_num, len(row))
+                    rows += 1
+                else:
+                    blank = blank or reader.line_num
+        except csv.Error as error:
+            raise ValueError(f"{path} line {reader.line_num}: {error}") from error
+    return rows
+
+
+def read_delimited(
+    path: Path,
+    separator: str,
+    choose: Callable[[list[str]], list[str]],
+    texts: Iterable[str],
+    *,
+    names: Sequence[str] | None = None,
+    skip: int = 0,
+    spaced: bool = False,
+    missing: Sequence[str] = ("",),
+) -> tuple[pd.DataFrame, int]:
+    """Read a delimited text file, plain or gzip, whatever its size.
+
+    Args:
+        path: The file.
+        separator: Between fields.
+        choose: Takes the names of all columns and returns those to read, or refuses.
+        texts: Columns whose cells stay texts.
+        names: Names of the columns of a file without a header.
+        skip: Lines before the data of a file without a header, or one that `names` stand for.
+        spaced: Whether blanks follow a separator.
+        missing: Cells that stand for no value.
+
+    Returns:
+        The table, and the number of its first line in the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is empty, truncated, no UTF-8, or a line has another number of fields.
+    """
+    line = first_line(path)
+    if not line.strip():
+        raise ValueError(f"{path} is empty, expected {'a header and ' if names is None else ''}one line per row")
+    header = next(csv.reader([line], delimiter=separator)) if names is None else list(names)
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise ValueError(f"{path} line 1: column {twice!r} is there twice")
+    wanted = choose(header)
+    before = skip + (names is None)
+    rows = _check_lines(path, separator, len(header), before)
+    if not rows:
+        raise ValueError(f"{path} has no rows, only a header")
+    frame = pd.read_csv(
+        path,
+        sep=separator,
+        header=None,
+        names=header,
+        usecols=wanted,
+        skiprows=before,
+        nrows=rows,
+        dtype={name: "category" for name in texts if name in wanted},
+        encoding="utf-8-sig",
+        keep_default_na=False,
+        na_values=list(missing),
+        skipinitialspace=spaced,
+        low_memory=False,
+    )
+    return frame, before + 1
 
 
 def from_frame(
