@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from lightning.pytorch import LightningDataModule
 
-DIMENSIONS = ("num_items", "num_users", "num_classes", "vocab_size", "task_names")
+DIMENSIONS = (
+    "num_items",
+    "num_users",
+    "num_classes",
+    "vocab_size",
+    "task_names",
+    "tasks",
+    "cardinalities",
+    "num_numeric",
+    "in_channels",
+)
 """Properties of a data module that are handed to the model's argument of the same name."""
 
 
@@ -67,14 +76,34 @@ def resolve_dimension(
     return default
 
 
-def plain(value: Any, where: str) -> int | list[str]:
-    """A size as an `int`, names as a list of `str`: what a checkpoint's hyperparameters can hold."""
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-        return list(value)
+def plain(value: Any, where: str) -> Any:
+    """A size as an `int`, and lists of sizes, names and descriptions as lists: what hyperparameters can hold.
+
+    A description is a mapping from names to numbers and texts, such as that of a task.
+    """
+    if isinstance(value, (list, tuple)):
+        return [
+            {str(key): _plain_leaf(leaf, f"{where}[{place}][{key!r}]") for key, leaf in item.items()}
+            if isinstance(item, Mapping)
+            else item
+            if isinstance(item, str)
+            else _whole(item, f"{where}[{place}]")
+            for place, item in enumerate(value)
+        ]
+    return _whole(value, where)
+
+
+def _whole(value: Any, where: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{where} is {value!r}, expected an integer or a list of names") from None
+        raise ValueError(f"{where} is {value!r}, expected an integer or a list of integers or names") from None
+
+
+def _plain_leaf(value: Any, where: str) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise ValueError(f"{where} is {value!r}, expected a plain number or text")
 
 
 def default_of(model: type, name: str) -> Any:

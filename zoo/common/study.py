@@ -13,6 +13,7 @@ A study is a YAML file:
     smoke: {trainer.max_epochs: 1}             # added by --smoke
     checks:                                    # on the means over the seeds
       - test/ndcg@5: wide >= 1.08 * sasrec
+      - test/hr@5: wide >= sasrec - 0.01 each seed   # on every seed instead of the means
     reference:                                 # published rows to stand beside ours
       SASRec, published: {test/hr@5: 0.037}
 """
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_CHECK = re.compile(r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*(?:([\d.]+)\s*\*\s*)?([\w.-]+)\s*")
+_CHECK = re.compile(
+    r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*(?:([\d.]+)\s*\*\s*)?([\w.-]+)\s*(?:([+-])\s+([\d.]+)\s*)?(each seed)?\s*"
+)
 _KEYS = {"title", "seeds", "variants", "overrides", "smoke", "checks", "reference"}
 
 
@@ -56,18 +59,26 @@ class Variant:
 
 @dataclass(frozen=True)
 class Check:
-    """A required relation between two variants, or a variant and a number: `left comparison factor * right`."""
+    """A required relation of two variants, or a variant and a number: `left comparison factor * right + offset`."""
 
     metric: str
     left: str
     comparison: str
     factor: float
     right: str
+    offset: float = 0.0
+    each_seed: bool = False
 
     def __str__(self) -> str:
         """The check as its study has it."""
         factor = "" if self.factor == 1 else f"{self.factor:g} * "
-        return f"{self.metric}: {self.left} {self.comparison} {factor}{self.right}"
+        offset = f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
+        seeds = " each seed" if self.each_seed else ""
+        return f"{self.metric}: {self.left} {self.comparison} {factor}{self.right}{offset}{seeds}"
+
+    def holds(self, left: float, right: float) -> bool:
+        """Whether two values stand in the relation."""
+        return bool(_COMPARISONS[self.comparison](left, self.factor * right + self.offset))
 
 
 @dataclass(frozen=True)
@@ -156,11 +167,12 @@ def _parse_check(path: Path, metric: str, text: str, variants: Mapping[str, Vari
     match = _CHECK.fullmatch(str(text))
     if match is None:
         raise StudyError(f"{path}: check {metric}: {text!r} is not of the form `variant >= 1.1 * variant`")
-    left, comparison, factor, right = match.groups()
+    left, comparison, factor, right, sign, offset, each_seed = match.groups()
     for name in (left, right):
         if name not in variants and not (name is right and _number(name) is not None):
             raise StudyError(f"{path}: check {metric}: no variant {name!r}; there are {', '.join(variants)}")
-    return Check(metric, left, comparison, float(factor or 1), right)
+    shift = float(offset or 0) * (-1 if sign == "-" else 1)
+    return Check(metric, left, comparison, float(factor or 1), right, shift, bool(each_seed))
 
 
 def _number(text: str) -> float | None:
@@ -318,20 +330,21 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 
 
 def evaluate_check(check: Check, summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Measured sides of a check, their ratio, overall and seed by seed, and whether the check holds on the means."""
+    """Measured sides of a check, their ratio, overall and seed by seed, and whether the check holds."""
     left = _side(check, check.left, summary)
     right = _side(check, check.right, summary)
     # A number stands against every seed.
     values = right["values"] if check.right in summary else right["values"] * len(left["values"])
     pairs = list(zip(left["values"], values, strict=True))
     known = left["mean"] is not None and right["mean"] is not None
+    sides = pairs if check.each_seed else [(left["mean"], right["mean"])]
     return {
         "check": str(check),
         "left": left["mean"],
         "right": right["mean"],
         "ratio": left["mean"] / right["mean"] if known and right["mean"] else None,
         "ratios": [a / b if a is not None and b else None for a, b in pairs],
-        "holds": known and bool(_COMPARISONS[check.comparison](left["mean"], check.factor * right["mean"])),
+        "holds": known and all(check.holds(a, b) for a, b in sides),
     }
 
 

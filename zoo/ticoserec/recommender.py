@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from zoo.common.artifacts import log_figure, log_table, run_folder
+from zoo.common.artifacts import log_figure, log_table
+from zoo.common.predictions import PredictionFile
 from zoo.common.ranking import FullRankingMetrics, target_ranks
 from zoo.ticoserec.figures import plot_uniformity
 
@@ -65,7 +65,7 @@ class SequentialRecommender(LightningModule):
         # Not nan_strategy="disable", which makes torchmetrics forget the weights.
         self.ndcg_by_uniformity = nn.ModuleList(MeanMetric(nan_strategy=0.0) for _ in range(_GROUPS))
         self._deepest = max(ks)
-        self._predictions: TextIO | None = None
+        self._predictions = PredictionFile(self)
 
     def score(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores of all items `(batch, num_items + 1)` after left-padded histories `(batch, width)`."""
@@ -216,12 +216,7 @@ class SequentialRecommender(LightningModule):
 
     def on_predict_start(self) -> None:
         """Open `predictions.jsonl` in the run's folder (one file per process, if there are several)."""
-        if getattr(self.trainer, "fast_dev_run", False):
-            return
-        name = "predictions.jsonl" if self.trainer.world_size == 1 else f"predictions-{self.global_rank}.jsonl"
-        folder = run_folder(self.trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._predictions = (folder / name).open("w", encoding="utf-8")
+        self._predictions.open()
 
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Best `top_k` items of each user: `user_ids` (batch,), `item_ids` and `scores` (batch, top_k).
@@ -229,17 +224,15 @@ class SequentialRecommender(LightningModule):
         The lists are also written as lines `{"user": ..., "items": [...], "scores": [...]}` with external ids.
         """
         item_ids, scores = self.recommend(batch.item_ids, batch.lengths, self.top_k, batch.seen_ids)
-        if self._predictions is not None:
+        if self._predictions.is_open:
             user, item = self._labels("user_labels"), self._labels("item_labels")
             for row, items, values in zip(batch.user_ids.tolist(), item_ids.tolist(), scores.tolist(), strict=True):
                 # A user with less than top_k unseen items has candidates of score -inf at the end.
                 kept = [(item(i), value) for i, value in zip(items, values, strict=True) if value > -torch.inf]
                 line = {"user": user(row), "items": [i for i, _ in kept], "scores": [v for _, v in kept]}
-                self._predictions.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._predictions.write([line])
         return {"user_ids": batch.user_ids, "item_ids": item_ids, "scores": scores}
 
     def on_predict_end(self) -> None:
         """Close the file."""
-        if self._predictions is not None:
-            self._predictions.close()
-            self._predictions = None
+        self._predictions.close()

@@ -234,3 +234,32 @@ def test_command_answers_a_mistake_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "none.yaml: cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SEEDS = summarise(
+    [
+        {"variant": variant, "metrics": {"auc": value}, "seconds": {}, "peak_rss_bytes": 1}
+        for variant, values in {"new": (0.9, 0.8), "old": (0.8, 0.78)}.items()
+        for value in values
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("new >= old + 0.05", True),
+        ("new >= old + 0.05 each seed", False),
+        ("new >= old + 0.015 each seed", True),
+        ("old >= new - 0.11 each seed", True),
+        ("old >= new - 0.09 each seed", False),
+        ("new >= 0.75 each seed", True),
+        ("new >= 0.85 each seed", False),
+        ("new < 1.2 * old - 0.01 each seed", True),
+    ],
+)
+def test_a_check_may_have_an_offset_and_be_asked_of_every_seed(root: Path, text: str, holds: bool) -> None:
+    variants = {name: {"config": "configs/toy.yaml"} for name in ("new", "old")}
+    study = load_study(study_file(root, variants=variants, checks=[{"auc": text}]), root)
+    assert str(study.checks[0]) == f"auc: {text}"
+    assert evaluate_check(study.checks[0], SEEDS)["holds"] is holds
