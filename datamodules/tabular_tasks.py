@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 
 from datamodules.loading import BatchLoader, KeyedSampler, run_seed
 from datamodules.sources.interactions import return_memory
-from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample
+from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample, tenths
 from datamodules.sources.task_sets import SETS, read_set, set_columns
 from datamodules.sources.task_tables import PARTS, Encoding, Parsed, Table, TaskColumns, parse, read_table
 from datamodules.task_batches import TabularTaskBatch
@@ -74,6 +74,7 @@ class TabularTaskData(LightningDataModule):
         missing_fraction: Share of each task's training labels to hide, at random.
         sample_rows: Training rows of the embedded sample; validation and test have a third of it each.
         sample_scales: Scales of the embedded sample's tasks, one for each.
+        sample_categories: So many first inputs of the embedded sample are given as categories too: their tenths.
         batch_size: Training batch of one process.
         eval_batch_size: Batch of one process in validation, test and prediction.
         num_workers: Worker processes; 0 is the fastest, as a batch is one gather.
@@ -106,6 +107,7 @@ class TabularTaskData(LightningDataModule):
         missing_fraction: float = 0.0,
         sample_rows: int = 3_072,
         sample_scales: list[float] = [1.0, 100.0],  # noqa: B006 - read only, and a plain YAML value
+        sample_categories: int = 0,
         batch_size: int = 256,
         eval_batch_size: int = 4_096,
         num_workers: int = 0,
@@ -130,6 +132,7 @@ class TabularTaskData(LightningDataModule):
         self.chosen_tasks, self.target_scaling = tasks, target_scaling
         self.min_category_count, self.missing_fraction = min_category_count, missing_fraction
         self.sample_rows, self.sample_scales = sample_rows, list(sample_scales)
+        self.sample_categories = sample_categories
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -146,6 +149,7 @@ class TabularTaskData(LightningDataModule):
             ("num_workers", self.num_workers, 0),
             ("min_category_count", self.min_category_count, 1),
             ("sample_rows", self.sample_rows, 3),
+            ("sample_categories", self.sample_categories, 0),
             ("validation_fraction", self.validation_fraction, 0),
             ("test_fraction", self.test_fraction, 0),
             ("missing_fraction", self.missing_fraction, 0),
@@ -198,7 +202,8 @@ class TabularTaskData(LightningDataModule):
             return set_columns(self.source, chosen, self.categorical_columns, self.numeric_columns)
         if self.source == "embedded":
             numeric = tuple(f"x_{k}" for k in range(1, NUM_INPUTS + 1))
-            return TaskColumns((), numeric, tuple((name, "regression") for name in chosen or kinds))
+            tenths = tuple(f"{name}_tenth" for name in numeric[: self.sample_categories])
+            return TaskColumns(tenths, numeric, tuple((name, "regression") for name in chosen or kinds))
         columns = TaskColumns(
             tuple(self.categorical_columns or ()),
             tuple(self.numeric_columns or ()),
@@ -276,7 +281,7 @@ class TabularTaskData(LightningDataModule):
         inputs, targets = task_sample(self.sample_scales, sizes)
         numbers = torch.cat(inputs)
         chosen = {name: torch.cat(targets[name]) for name, _ in self._columns.targets}
-        tensors = TaskTensors(torch.zeros(len(numbers), 0, dtype=torch.int32), numbers, chosen, {}, None)
+        tensors = TaskTensors(tenths(numbers[:, : self.sample_categories]), numbers, chosen, {}, None)
         return tensors, dict(zip(PARTS, torch.split(torch.arange(len(numbers)), sizes), strict=True))
 
     def _parts(self, parsed: Parsed) -> dict[str, Tensor]:
@@ -320,7 +325,9 @@ class TabularTaskData(LightningDataModule):
     def cardinalities(self) -> list[int]:
         """Number of codes of each categorical column, the unknown code 0 included."""
         encoding = self._prepared.encoding
-        return [] if encoding is None else [len(vocabulary) + 1 for vocabulary in encoding.vocabularies]
+        if encoding is None:
+            return [11] * self.sample_categories
+        return [len(vocabulary) + 1 for vocabulary in encoding.vocabularies]
 
     @cached_property
     def num_numeric(self) -> int:

@@ -36,9 +36,10 @@ def task_weights(scales: Sequence[float]) -> list[Tensor]:
 
 
 def task_sample(scales: Sequence[float], sizes: Sequence[int]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Draw y_k = scale_k * tanh((B + E_k) x), with x ~ N(0, I) / sqrt(64), entries of B ~ N(0, 10) and of E_k ~ N(0, 3.5).
+    """Draw y_k = scale_k * tanh((B + E_k) x) with x ~ N(0, I) / sqrt(64).
 
-    After the toy problem of GradNorm (Chen et al., 2018), which gives the variances.
+    The entries of B are drawn from N(0, 10) and those of E_k from N(0, 3.5), variances of the toy problem of
+    GradNorm (Chen et al., 2018).
 
     Everything has a fixed seed: fewer rows are the first of more rows, and one task more leaves the others as they are.
 
@@ -58,3 +59,9 @@ def task_sample(scales: Sequence[float], sizes: Sequence[int]) -> tuple[list[Ten
         for name, scale, weights in zip(task_names(scales), scales, task_weights(scales), strict=True)
     }
     return [x.float() for x in inputs], targets
+
+
+def tenths(inputs: Tensor) -> Tensor:
+    """Which tenth of its distribution an input of the sample lies in: codes 1 to 10, int32, of the inputs' shape."""
+    share: Tensor = torch.special.ndtr(inputs.double() * NUM_INPUTS**0.5)
+    return (share * 10).floor().clamp(0, 9).int() + 1

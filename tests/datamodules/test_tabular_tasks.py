@@ -185,6 +185,18 @@ def test_the_sample_is_what_its_formula_says() -> None:
     assert not torch.equal(joined(data.val_dataloader()).numbers, joined(data.test_dataloader()).numbers)
 
 
+def test_categories_of_the_sample_are_tenths_of_its_first_inputs() -> None:
+    data = TabularTaskData(sample_categories=3)
+    assert (data.cardinalities, data.num_numeric) == ([11] * 3, 64)
+    batch = joined(data.train_dataloader())
+    for column in range(3):
+        counts = torch.bincount(batch.categories[:, column], minlength=11)
+        assert counts[0] == 0 and len(counts) == 11
+        assert counts[1:].min().item() > 3_072 / 10 * 0.75
+        order = batch.numbers[:, column].argsort()
+        assert bool((batch.categories[order, column].diff() >= 0).all())
+
+
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one_and_tasks_stay() -> None:
     large = TabularTaskData(sample_scales=[1.0, 100.0, 3.0])._prepared
     small = TabularTaskData(sample_rows=30, seed=5, split_seed=9)._prepared
