@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -56,6 +60,10 @@ SEQUENCES = ("--data.sample_users", "192", "--model.hidden_size", "32")
 CONTRASTIVE = (*SEQUENCES, "--model.model_warm_up_epochs", "0", "--model.augmentation_warm_up_epochs", "0")
 NO_DROPOUT = ("--model.hidden_dropout", "0", "--model.attn_dropout", "0")
 
+TASKS = ("--data.sample_rows", "192")
+MULTI_TASK = ("--model", "MultiTaskModule", "--data", "TabularTaskData")
+MISSING = ("--data.missing_fraction", "0.3")
+
 METHODS = [
     TOY,
     Method(
@@ -74,6 +82,13 @@ METHODS = [
         figures=True,
         tables=True,
     ),
+    Method(
+        "MultiTaskModule",
+        ("--config", str(CONFIGS / "adatask" / "demo.yaml")),
+        small=TASKS,
+        figures=True,
+        tables=True,
+    ),
 ]
 """The toy comes first: where it fails, the battery is at fault and not a method."""
 
@@ -88,11 +103,41 @@ VARIANTS = [
         small=CONTRASTIVE,
         exact=NO_DROPOUT,
     ),
+    *(
+        Method(name, MULTI_TASK, small=(*TASKS, *MISSING, *options))
+        for name, options in (
+            ("multi-task Adam", ("--model.optimizer", "adam")),
+            ("AdaTask with PCGrad", ("--model.aggregator", "pcgrad")),
+            ("AdaTask with Nash-MTL", ("--model.aggregator", "nash_mtl")),
+            ("multi-task Adam with GradVac", ("--model.optimizer", "adam", "--model.aggregator", "gradvac")),
+            ("MTAdam with MMoE", ("--model.optimizer", "mtadam", "--model.backbone", "mmoe")),
+            ("AdaTask with UW and PLE", ("--model.weighting", "uncertainty", "--model.backbone", "ple")),
+            ("AdaTask with RLW", ("--model.weighting", "rlw", "--model.rule", "rmsprop")),
+            ("multi-task DWA", ("--model.weighting", "dwa", "--model.optimizer", "adagrad")),
+            ("multi-task FAMO", ("--model.weighting", "famo", "--model.optimizer", "sgd", "--model.lr", "1e-5")),
+            ("multi-task GradNorm", ("--model.weighting", "gradnorm", "--model.optimizer", "adamw")),
+            ("AdaTask, cut", ("--model.backward_mode", "cut", "--trainer.gradient_clip_val", "10")),
+            ("AdaTask, batched", ("--model.backward_mode", "batched", "--model.rule", "adagrad")),
+        )
+    ),
 ]
 """Other settings of the methods above, for the batteries where these may matter."""
 
 POPULARITY = Method("Popularity", ("--model", "Popularity", "--data", "SequenceData"), small=SEQUENCES[:2])
 """Has no weights and no optimizer, so no gradients to compare and no step to resume from."""
 
-EMBEDDED: dict[str, tuple[str, ...]] = {"SequenceData": ("--data.source", "embedded", "--data.order", "auto")}
+EMBEDDED: dict[str, tuple[str, ...]] = {
+    "SequenceData": ("--data.source", "embedded", "--data.order", "auto"),
+    "TabularTaskData": ("--data.source", "embedded", "--data.sample_categories", "2"),
+    "ImageTaskData": ("--data.source", "embedded"),
+    "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
+}
 """For each data module, what puts its embedded sample in place of real data in a config."""
+
+
+def embedded(data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that put the embedded sample in place of the data of a config."""
+    kind = data["class_path"]
+    if data["init_args"]["source"] in ("cityscapes", "nyuv2", "camvid"):
+        kind += " of pixels"
+    return EMBEDDED[kind]

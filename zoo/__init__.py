@@ -14,6 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # `as` marks a name as public for type checkers; a test holds these lines and the tables together.
+    from zoo.adatask.aggregators import aggregator as aggregator
+    from zoo.adatask.callbacks import TaskDominanceMonitor as TaskDominanceMonitor
+    from zoo.adatask.delta_m import delta_m as delta_m
+    from zoo.adatask.hooks import TaskGradMixin as TaskGradMixin
+    from zoo.adatask.module import MultiTaskModule as MultiTaskModule
+    from zoo.adatask.mtadam import MTAdam as MTAdam
+    from zoo.adatask.optimizer import AdaTask as AdaTask
+    from zoo.adatask.weightings import weighting as weighting
     from zoo.common.contrastive import info_nce as info_nce
     from zoo.common.contrastive import nt_xent as nt_xent
     from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "CL4SRec": "zoo.ticoserec.siblings",
     "CoSeRec": "zoo.ticoserec.siblings",
+    "MultiTaskModule": "zoo.adatask.module",
     "Popularity": "zoo.ticoserec.popularity",
     "SASRec": "zoo.ticoserec.sasrec",
     "TiCoSeRec": "zoo.ticoserec.module",
@@ -37,15 +46,22 @@ MODELS: dict[str, str] = {
 """The LightningModules, what `train.py --model` takes, and where each is defined."""
 
 PARTS: dict[str, str] = {
+    "AdaTask": "zoo.adatask.optimizer",
     "FullRankingMetrics": "zoo.common.ranking",
     "ItemSimilarity": "zoo.ticoserec.similarity",
+    "MTAdam": "zoo.adatask.mtadam",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "TaskDominanceMonitor": "zoo.adatask.callbacks",
+    "TaskGradMixin": "zoo.adatask.hooks",
     "TiAugmenter": "zoo.ticoserec.augment",
     "ViewPolicy": "zoo.ticoserec.augment",
+    "aggregator": "zoo.adatask.aggregators",
+    "delta_m": "zoo.adatask.delta_m",
     "info_nce": "zoo.common.contrastive",
     "nt_xent": "zoo.common.contrastive",
+    "weighting": "zoo.adatask.weightings",
 }
-"""Parts in plain torch, for use in any project, and where each is defined."""
+"""Parts for use in any project, and where each is defined: plain torch, but for a mixin and a callback."""
 
 __version__ = "0.1.0"
 __all__ = [*MODELS, *PARTS]

@@ -47,6 +47,34 @@ def test_case_is_warmed_up_and_timed_in_turn_with_its_threads() -> None:
     assert record["wall_ratio"] == 10
 
 
+def test_cost_is_a_multiple_of_the_base_in_the_same_round() -> None:
+    calls: list[str] = []
+
+    def side(name: str, seconds: float) -> Timing:
+        calls.append(name)
+        # A machine that is ten times slower in the second round of three.
+        return Timing(seconds * (10 if 6 <= len(calls) - 1 < 9 else 1), seconds)
+
+    case = Case(
+        "toy",
+        lambda: side("ours", 3),
+        lambda: side("reference", 12),
+        base=lambda: side("base", 2),
+        floor=1.25,
+        at_most=1.6,
+    )
+    record = run_case(case, threads=1, repeats=3)
+    assert calls == ["reference", "ours", "base"] * 4
+    assert (record["cost"], record["cost_floor"], record["required_cost_at_most"]) == (1.5, 1.25, 1.6)
+    assert record["base_cpu_seconds"] == 2
+    assert record["cpu_ratio"] == 4
+
+
+def test_case_without_a_base_has_no_cost() -> None:
+    record = run_case(Case("toy", lambda: Timing(1, 1), lambda: Timing(2, 2)), threads=1, repeats=1)
+    assert not [key for key in record if "cost" in key or "base" in key]
+
+
 def test_report_is_a_file_with_cases_and_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case = Case("sleep", timed(lambda: sum(range(1000))), timed(lambda: sum(range(100_000))))
     path = tmp_path / "benchmark.json"
@@ -58,4 +86,15 @@ def test_report_is_a_file_with_cases_and_machine(tmp_path: Path, capsys: pytest.
     assert content["versions"]["torch"] == torch.__version__
     capsys.readouterr()
     show(records, "toy")
-    assert "sleep" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "sleep" in shown
+    assert "base" not in shown
+
+
+def test_table_shows_cost_beside_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    with_base = Case("heavy", lambda: Timing(3, 3), lambda: Timing(9, 9), base=lambda: Timing(2, 2), at_most=1.75)
+    plain = Case("light", lambda: Timing(1, 1), lambda: Timing(2, 2))
+    show([run_case(case, threads=1, repeats=1) for case in (with_base, plain)], "toy")
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert "1.50 │ 1.75" in rows["heavy"]
+    assert "1.50" not in rows["light"]

@@ -1,0 +1,137 @@
+"""The accumulators of an AdaTask optimizer: one slot per parameter and task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from zoo.adatask.rules import STATES, Accumulators, apply_rule, new_state
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from zoo.adatask.optimizer import AdaTask
+
+JOINT = -1
+"""In place of a task: the slot of a parameter whose gradients are summed before the rule."""
+
+Entry: TypeAlias = "tuple[Tensor, Tensor, tuple[Tensor, ...]]"
+"""What an update is added to, a gradient, and the tensors of its slot."""
+
+
+class Slots:
+    """Makes, extends, hands out and restores accumulators; they lie in the optimizer's `state`.
+
+    Args:
+        optimizer: The optimizer.
+        first_moment_dtype: Type of the first moments; that of the parameters by default.
+    """
+
+    def __init__(self, optimizer: AdaTask, first_moment_dtype: torch.dtype | None) -> None:
+        self._optimizer = optimizer
+        self._first_moment_dtype = first_moment_dtype
+        self._views: dict[Tensor, tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
+        self._adopted: dict[Tensor, dict[str, Tensor]] = {}
+
+    def _names(self, group: dict[str, Any]) -> list[str]:
+        return ["step", *STATES[self._optimizer.rule], *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+
+    def ensure(self, group: dict[str, Any], position: int, tasks: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Tensors of a parameter's slots, in the order of its `task_ids`.
+
+        Args:
+            group: A parameter group.
+            position: Which of its parameters.
+            tasks: Tasks that need a slot; those without one get an empty one.
+        """
+        parameter, ids = group["params"][position], group["task_ids"][position]
+        fresh = [k for k in tasks if k not in ids]
+        state = self._optimizer.state[parameter]
+        if fresh:
+            on_device = bool(group["fused"]) and parameter.is_cuda
+            new = new_state(
+                self._optimizer.rule, parameter, len(fresh), group["amsgrad"], self._first_moment_dtype, on_device
+            )
+            new |= {name: parameter.new_zeros(len(fresh)) for name in self._optimizer.extra_states}
+            if parameter in self._adopted:
+                self._fill(new, self._adopted.pop(parameter), len(fresh))
+            for name, value in new.items():
+                state[name] = torch.cat([state[name], value]) if ids else value
+            ids.extend(fresh)
+        last = STATES[self._optimizer.rule][-1]
+        cached = self._views.get(parameter)
+        if cached is None or cached[0] is not state[last]:
+            slots = list(zip(*(state[name].unbind() for name in self._names(group)), strict=True))
+            cached = self._views[parameter] = (state[last], slots)
+        return cached[1]
+
+    def apply(self, group: dict[str, Any], entries: Sequence[Entry], factor: float) -> None:
+        """One kernel call: add `-lr * factor * u_k` to the targets of some slots, and advance the slots."""
+        targets, gradients, slots = zip(*entries, strict=True)
+        columns = [list(column) for column in zip(*slots, strict=True)]
+        steps, moments = columns[0], columns[1:]
+        rule = self._optimizer.rule
+        first = moments.pop(0) if rule == "adam" else []
+        accumulators = Accumulators(steps, first, moments[0], moments[1] if len(moments) > 1 else [])
+        apply_rule(rule, targets, gradients, accumulators, group, group["lr"] * factor)
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Raise a ValueError if a state does not belong to such an optimizer."""
+        optimizer = self._optimizer
+        for number, group in enumerate(state_dict["param_groups"]):
+            if "task_ids" not in group:
+                raise ValueError(
+                    "the state is that of an optimizer with one accumulator per parameter, AdaTask has one per task: "
+                    "use load_adam_state(state_dict, copy='zeros'), or copy='shared'"
+                )
+            if list(group["tasks"]) != list(optimizer.tasks):
+                raise ValueError(
+                    f"the state has the tasks {', '.join(group['tasks'])}, this optimizer {', '.join(optimizer.tasks)}"
+                )
+            expected = {*self._names(group), *optimizer.extra_states}
+            for position, ids in zip(group["params"], group["task_ids"], strict=True):
+                state = state_dict["state"].get(position)
+                if state is not None and (set(state) != expected or len(state["step"]) != len(ids)):
+                    raise ValueError(
+                        f"group {number}, parameter {position}: the state holds {', '.join(sorted(state))} for "
+                        f"{len(ids)} tasks; rule={optimizer.rule!r} needs {', '.join(sorted(expected))}"
+                    )
+
+    def restored(self) -> None:
+        """After a state was loaded: put the types right, which torch has made those of the parameters."""
+        self._views.clear()
+        self._adopted.clear()
+        for group in self._optimizer.param_groups:
+            # Lists of the state that was loaded are not ours to extend.
+            group["task_ids"] = [list(ids) for ids in group["task_ids"]]
+        if self._first_moment_dtype is not None:
+            for state in self._optimizer.state.values():
+                state["exp_avg"] = state["exp_avg"].to(self._first_moment_dtype)
+
+    def adopt(self, state_dict: dict[str, Any], copy: str) -> None:
+        """Take over the state of an optimizer with one accumulator per parameter (see `AdaTask.load_adam_state`)."""
+        if copy not in ("zeros", "shared"):
+            raise ValueError(f"copy must be 'zeros' or 'shared', got {copy!r}")
+        groups = self._optimizer.param_groups
+        sizes = [[len(group["params"]) for group in side] for side in (groups, state_dict["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"the state has groups of {sizes[1]} parameters, this optimizer of {sizes[0]}")
+        for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+            for name in ("lr", "betas", "alpha", "eps", "initial_lr"):
+                if name in saved:
+                    group[name] = saved[name]
+            for parameter, position in zip(group["params"], saved["params"], strict=True):
+                state = state_dict["state"].get(position, {})
+                if copy == "shared" and state:
+                    missing = [name for name in self._names(group) if name not in state]
+                    if missing:
+                        raise ValueError(f"parameter {position}: the state has no {', '.join(missing)}")
+                    self._adopted[parameter] = state
+
+    def _fill(self, new: dict[str, Tensor], state: dict[str, Tensor], slots: int) -> None:
+        for name, value in new.items():
+            if name in self._optimizer.extra_states:
+                continue
+            value.copy_(state[name].to(value.device) / (slots if name == "exp_avg" else 1))
