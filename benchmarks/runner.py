@@ -81,6 +81,10 @@ class Case:
         reference: The same for the plain implementation.
         required: Ratio of processor seconds to reach on one thread.
         note: What was timed and how it was scaled.
+        base: What everybody pays, such as a step without the method; the record then holds the cost of ours as a
+            multiple of it.
+        floor: The multiple below which no exact implementation can get.
+        at_most: The multiple not to exceed on one thread.
     """
 
     name: str
@@ -88,6 +92,9 @@ class Case:
     reference: Callable[[], Timing]
     required: float | None = None
     note: str = ""
+    base: Callable[[], Timing] | None = None
+    floor: float | None = None
+    at_most: float | None = None
 
 
 class PeakMemory:
@@ -119,7 +126,7 @@ class PeakMemory:
 
 
 def run_case(case: Case, threads: int, repeats: int = 3) -> dict[str, Any]:
-    """Time both sides of a case.
+    """Time both sides of a case, and its base where it has one.
 
     Args:
         case: What to time.
@@ -130,6 +137,8 @@ def run_case(case: Case, threads: int, repeats: int = 3) -> dict[str, Any]:
     torch.set_num_threads(threads)
     try:
         sides = {"reference": case.reference, "ours": case.ours}
+        if case.base is not None:
+            sides["base"] = case.base
         peaks = {}
         for name, side in sides.items():
             with PeakMemory() as memory:
@@ -150,6 +159,11 @@ def run_case(case: Case, threads: int, repeats: int = 3) -> dict[str, Any]:
         record[f"{name}_cpu_seconds_of_runs"] = [run.cpu for run in runs]
     record["cpu_ratio"] = record["reference_cpu_seconds"] / record["ours_cpu_seconds"]
     record["wall_ratio"] = record["reference_wall_seconds"] / record["ours_wall_seconds"]
+    if case.base is not None:
+        # Of each round, as what disturbs a busy machine comes and goes between rounds.
+        rounds = zip(timings["ours"], timings["base"], strict=True)
+        record["cost"] = statistics.median(ours.cpu / base.cpu for ours, base in rounds)
+        record |= {"cost_floor": case.floor, "required_cost_at_most": case.at_most}
     record["note"] = case.note
     return record
 
@@ -180,18 +194,25 @@ def report(
     for case in cases:
         for count in threads:
             records.append(run_case(case, count, repeats))
-            print(f"{case.name}, {count} thread(s): {records[-1]['cpu_ratio']:.1f}x", flush=True)
+            cost = f", {records[-1]['cost']:.2f} times the base" if "cost" in records[-1] else ""
+            print(f"{case.name}, {count} thread(s): {records[-1]['cpu_ratio']:.1f}x{cost}", flush=True)
+    write_records(records, path, command=command, data=data)
+    return records
+
+
+def write_records(records: Sequence[dict[str, Any]], path: Path, *, command: str, data: str) -> None:
+    """Write records, each with a name and the number of threads, beside the machine."""
     content = {"command": command, "data": data, **environment(), "cases": records}
     # The setting left behind by the last case says nothing about the file.
     content.pop("threads")
     write_json(path, content)
-    return records
 
 
 def show(records: Sequence[dict[str, Any]], title: str) -> None:
     """Print a table of cases; CPU and wall are seconds, memory is what the warm-up run added at its peak."""
     table = Table(title=title, title_justify="left")
     table.add_column("case")
+    with_base = any("cost" in record for record in records)
     for column in (
         "threads",
         "reference\nCPU",
@@ -203,6 +224,7 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
         "ratio\nwall",
         "reference\nMiB",
         "here\nMiB",
+        *(("times\nbase", "at\nmost") if with_base else ()),
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for record in records:
@@ -216,7 +238,12 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
             *(f"{record[f'{side}_wall_seconds']:.3g}" for side in ("reference", "ours")),
             f"{record['wall_ratio']:.1f}x",
             *(f"{record[f'{side}_peak_added_bytes'] / 2**20:,.0f}" for side in ("reference", "ours")),
+            *(_number(record.get(key)) for key in ("cost", "required_cost_at_most") if with_base),
         )
     console = Console()
     # A pipe has no width of its own, and the table must not be folded into it.
-    Console(width=max(console.width, 130)).print(table)
+    Console(width=max(console.width, 150 if with_base else 130)).print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -35,19 +35,21 @@ def plot_examples(specs: Sequence[TaskSpec], batch: TaskBatch, outputs: Mapping[
     columns = 1 + 2 * len(dense)
     figure = Figure(figsize=(1.9 * columns, 1.7 * count), layout="constrained")
     axes: Any = figure.subplots(count, columns, squeeze=False)
-    found = {spec.name: readable(spec, outputs[spec.name][:count]).cpu() for spec in specs}
-    for row in range(count):
-        image = batch.images[row].detach().float().cpu()
+    # Neighbours of a film or a sorted set look alike.
+    chosen = torch.linspace(0, len(batch.images) - 1, count).long().tolist()
+    found = {spec.name: readable(spec, outputs[spec.name][chosen]).cpu() for spec in specs}
+    for row, place in enumerate(chosen):
+        image = batch.images[place].detach().float().cpu()
         _show(axes[row][0], _picture(image), "image" if row == 0 else "")
         if whole:
-            lines = [f"{s.name}: {_label(s, found[s.name][row])}, label {_known(s, batch, row)}" for s in whole]
+            lines = [f"{s.name}: {_label(s, found[s.name][row])}, label {_known(s, batch, place)}" for s in whole]
             axes[row][0].set_xlabel("\n".join(lines), fontsize=7)
-        for place, spec in enumerate(dense):
-            target = batch.targets[spec.name][row].detach().cpu()
+        for column, spec in enumerate(dense):
+            target = batch.targets[spec.name][place].detach().cpu()
             limits = _limits(spec, target)
             pairs = ((target, "label"), (found[spec.name][row], "prediction"))
             for side, (value, what) in enumerate(pairs):
-                axis = axes[row][1 + 2 * place + side]
+                axis = axes[row][1 + 2 * column + side]
                 _show(axis, _dense_picture(spec, value), f"{spec.name}, {what}" if row == 0 else "", **limits)
     return figure
 

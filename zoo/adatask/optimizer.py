@@ -65,9 +65,9 @@ class AdaTask(Optimizer):
         compose: Where the aggregator works: "pre" on the gradients, "post" on the tasks' updates, where weights are
             scaled to a mean of 1.
         first_moment_dtype: Type of the first moments, such as `torch.bfloat16`; that of the parameters by default.
-        low_memory: Update each task's accumulators during `backward` and drop its gradient. Two copies of the shared
-            parameters instead of K; refuses what needs all gradients at the step (aggregators, several backward calls
-            per step, clipping, several processes, a GradScaler).
+        low_memory: Update each task's accumulators during `backward` and drop its gradients as they come. About one
+            copy of the shared parameters in place of K + 1. Refuses what needs all gradients at the step: aggregators,
+            several backward calls per step, clipping, several processes, a GradScaler.
         fused: Use torch's fused kernels; by default where there are some.
         maximize: Ascend.
 
@@ -206,7 +206,9 @@ class AdaTask(Optimizer):
         parameters = self.gradients.parameters
         rows = per_task_grads(ordered, parameters, features, mode)
         for row in rows:
-            self.refuse_sparse(row)
+            for i, gradient in enumerate(row):
+                if gradient is not None:
+                    self.refuse_sparse(i, gradient)
         self.gradients.accumulate(rows, present, counts, None if factor is None else 1 / factor)
         self.gradients.write_grad(factor)
 
@@ -214,14 +216,13 @@ class AdaTask(Optimizer):
         """Take note of tasks that only other processes have seen so far."""
         self._seen = [a or b for a, b in zip(self._seen, self.gradients.present, strict=True)]
 
-    def refuse_sparse(self, row: Sequence[Tensor | None]) -> None:
-        """Raise a RuntimeError if a gradient is sparse."""
-        for i, gradient in enumerate(row):
-            if gradient is not None and gradient.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of {self._name(i)} is sparse, which AdaTask does not support: build the embedding "
-                    "with sparse=False, or give it an optimizer of its own"
-                )
+    def refuse_sparse(self, index: int, gradient: Tensor) -> None:
+        """Raise a RuntimeError if the gradient of parameter number `index` is sparse."""
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of {self._name(index)} is sparse, which AdaTask does not support: build the embedding "
+                "with sparse=False, or give it an optimizer of its own"
+            )
 
     def _name(self, index: int) -> str:
         """What parameter number `index` is called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from zoo.adatask.optimizer import AdaTask
 
 
+PENDING_BYTES = 8 * 2**20
+"""Gradients that may wait for a common kernel call: many small ones, or one large."""
+
+
 class Streaming:
     """The low-memory variant: one gradient at a time goes into its accumulators and into a common update.
 
-    Beyond the accumulators this needs one gradient and one update, whatever the number of tasks.
+    Beyond the accumulators this needs one update and a few gradients, whatever the number of tasks.
 
     Args:
         optimizer: The optimizer.
@@ -65,31 +70,45 @@ class Streaming:
             self._advance(k, loss, retain=k < last)
 
     def _advance(self, task: int, loss: Tensor | None, retain: bool) -> None:
+        """Give the accumulators a task's gradients, a few at a time as the pass brings them."""
         optimizer = self._optimizer
         parameters = optimizer.gradients.parameters
         reached = [i for i, ids in enumerate(self.membership) if task in ids]
-        row: list[Tensor | None] = [None] * len(parameters)
-        if loss is not None and reached:
-            found = torch.autograd.grad(loss, [parameters[i] for i in reached], retain_graph=retain, allow_unused=True)
-            for i, gradient in zip(reached, found, strict=True):
-                row[i] = gradient
-            del found
-        optimizer.refuse_sparse(row)
-        with torch.no_grad():
-            self._consume(task, loss is None, row)
+        pending: dict[int, Tensor] = {}
+        waiting = 0
 
-    def _consume(self, task: int, absent: bool, row: list[Tensor | None]) -> None:
+        def take(i: int, gradient: Tensor) -> Tensor:
+            nonlocal waiting
+            optimizer.refuse_sparse(i, gradient)
+            pending[i] = gradient
+            waiting += gradient.nbytes
+            if waiting >= PENDING_BYTES:
+                self._consume(task, pending)
+                waiting = 0
+            # In place of the gradient, which autograd would keep until the end of its pass.
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        if loss is not None and reached:
+            hooks = [parameters[i].register_hook(partial(take, i)) for i in reached]  # type: ignore[no-untyped-call]
+            try:
+                torch.autograd.grad(loss, [parameters[i] for i in reached], retain_graph=retain, allow_unused=True)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        elif loss is None:
+            ids = [ids for group in optimizer.param_groups for ids in group["task_ids"]]
+            pending |= {i: torch.zeros_like(p) for i, p in enumerate(parameters) if task in ids[i]}
+        self._consume(task, pending)
+
+    @torch.no_grad()
+    def _consume(self, task: int, pending: dict[int, Tensor]) -> None:
+        """Put gradients, by the number of their parameter, into the accumulators, and forget them."""
         optimizer, start = self._optimizer, 0
         for group in optimizer.param_groups:
             batches: dict[float, list[Entry]] = {}
-            for position, parameter in enumerate(group["params"]):
-                i = start + position
-                gradient, row[i] = row[i], None
-                ids = group["task_ids"][position]
-                if gradient is None and absent and task in ids:
-                    gradient = torch.zeros_like(parameter)
-                if gradient is None:
-                    continue
+            for i in [i for i in pending if start <= i < start + len(group["params"])]:
+                gradient, position = pending.pop(i), i - start
+                parameter, ids = group["params"][position], group["task_ids"][position]
                 if not group["shared"]:
                     before = self._joint.get(parameter)
                     self._joint[parameter] = gradient if before is None else before + gradient
