@@ -12,7 +12,8 @@ TASKS = ["income", "hours"]
 
 
 def table(income: float) -> pandas.DataFrame:
-    rows = [("backbone.trunk.0.weight", "income", income, income), ("backbone.trunk.0.weight", "hours", 1 - income, 0.5)]
+    layer = "backbone.trunk.0.weight"
+    rows = [(layer, "income", income, income), (layer, "hours", 1 - income, 0.5)]
     return pandas.DataFrame(rows, columns=["layer", "task", "mean", "last"])
 
 
