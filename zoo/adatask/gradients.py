@@ -24,7 +24,7 @@ def per_task_grads(
     features: Tensor | Sequence[Tensor] | None = None,
     mode: str = "loop",
 ) -> Rows:
-    """Gradient of each loss with respect to each parameter; `.grad` and its hooks are not touched.
+    """Gradient of each loss with respect to each parameter; `.grad` is not touched.
 
     K losses cost K backward passes through what they share, the least that an exact method can do, and one through
     each head:
@@ -35,29 +35,57 @@ def per_task_grads(
     - "batched": like "cut", with the K passes below the features done as one under vmap. Falls back to "cut" with a
       warning where an operation has no batching rule.
 
+    Hooks of tensors run once per pass. A compiled head is passed through for every loss that its compiled region
+    holds: compile the trunk alone. Activation checkpoints must be the non-reentrant ones.
+
     Args:
         losses: One scalar per task; None for a task that has no label in this batch.
-        parameters: Parameters, each once.
-        features: The tensors through which the heads reach the shared parameters, for "cut" and "batched".
+        parameters: Parameters, each once; one that requires no gradient has none.
+        features: The tensors between trunk and heads, for "cut" and "batched": none is computed from another, and
+            heads reach nothing of the trunk but through these.
         mode: How to pass.
 
     Returns:
         A list per task with one gradient, or None, per parameter.
 
     Raises:
-        ValueError: If `mode` is unknown or `features` is missing.
+        ValueError: If `mode` is unknown, or `features` is missing or not what it must be.
         RuntimeError: If autograd fails; after an in-place change of a parameter the message says what to do.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode != "loop" and features is None:
         raise ValueError(f"mode={mode!r} needs features, the tensors between the trunk and the heads")
-    parameters = list(parameters)
+    active = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    wanted = [parameters[i] for i in active]
+    if mode == "loop" or not wanted:
+        found = _loop(losses, wanted)
+    else:
+        given = [features] if isinstance(features, Tensor) else list(features or ())
+        found = _cut(losses, wanted, [feature for feature in given if feature.requires_grad], mode)
+    rows: Rows = [[None] * len(parameters) for _ in losses]
+    for row, gradients in zip(rows, found, strict=True):
+        for i, gradient in zip(active, gradients, strict=True):
+            row[i] = gradient
+    return rows
+
+
+def grad(
+    outputs: Any, inputs: Sequence[Tensor], retain: bool, grad_outputs: Any = None, batched: bool = False
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` with None for what is not reached, and a hint where a tensor was changed in place.
+
+    Raises:
+        RuntimeError: If autograd fails.
+    """
+    if not inputs:
+        return []
     try:
-        if mode == "loop":
-            return _loop(losses, parameters)
-        assert features is not None
-        return _cut(losses, parameters, [features] if isinstance(features, Tensor) else list(features), mode)
+        return list(
+            torch.autograd.grad(
+                outputs, inputs, grad_outputs, retain_graph=retain, allow_unused=True, is_grads_batched=batched
+            )
+        )
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise RuntimeError(
@@ -67,16 +95,10 @@ def per_task_grads(
         raise
 
 
-def _grad(outputs: Any, inputs: list[Tensor], retain: bool, grad_outputs: Any = None, batched: bool = False) -> Any:
-    return torch.autograd.grad(
-        outputs, inputs, grad_outputs, retain_graph=retain, allow_unused=True, is_grads_batched=batched
-    )
-
-
 def _loop(losses: Sequence[Tensor | None], parameters: list[Tensor]) -> Rows:
     last = max((k for k, loss in enumerate(losses) if loss is not None), default=-1)
     return [
-        [None] * len(parameters) if loss is None else list(_grad(loss, parameters, retain=k < last))
+        [None] * len(parameters) if loss is None else grad(loss, parameters, retain=k < last)
         for k, loss in enumerate(losses)
     ]
 
@@ -86,16 +108,22 @@ def _cut(losses: Sequence[Tensor | None], parameters: list[Tensor], features: li
     nodes: dict[int, set[Any]] = {}
     heads: dict[int, list[int]] = {}
     place = {id(parameter): i for i, parameter in enumerate(parameters)}
-    stops = {feature.grad_fn for feature in features}
+    stops = {(feature.grad_fn, feature.output_nr) for feature in features}
+    below_features = _check_features(features, stops)
     for k in present:
         nodes[k], leaves = _walk([losses[k]], stops)
+        if nodes[k] & below_features:
+            raise ValueError(
+                f"loss {k} reaches the trunk beside features, by a skip connection or a shared weight, where it cannot "
+                "be cut: add what the head takes there to features, or use mode='loop'"
+            )
         heads[k] = sorted(place[leaf] for leaf in leaves if leaf in place)
     rows: Rows = [[None] * len(parameters) for _ in losses]
     cotangents: dict[int, list[Tensor | None]] = {}
     for position, k in enumerate(present):
         # A node that a later head needs as well must keep what it saved.
         retain = any(nodes[k] & nodes[later] for later in present[position + 1 :])
-        found = list(_grad(losses[k], [*features, *(parameters[i] for i in heads[k])], retain=retain))
+        found = grad(losses[k], [*features, *(parameters[i] for i in heads[k])], retain=retain)
         cotangents[k] = found[: len(features)]
         for i, gradient in zip(heads[k], found[len(features) :], strict=True):
             rows[k][i] = gradient
@@ -109,13 +137,30 @@ def _cut(losses: Sequence[Tensor | None], parameters: list[Tensor], features: li
         for k in reaching:
             outputs = [features[i] for i in below[k]]
             vectors = [cotangents[k][i] for i in below[k]]
-            trunk[k] = list(_grad(outputs, parameters, retain=k != reaching[-1], grad_outputs=vectors))
+            trunk[k] = grad(outputs, parameters, retain=k != reaching[-1], grad_outputs=vectors)
     for k, gradients in trunk.items():
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                above = rows[k][i]
-                rows[k][i] = gradient if above is None else above + gradient
+                rows[k][i] = gradient
     return rows
+
+
+def _check_features(features: Sequence[Tensor], stops: set[Any]) -> set[Any]:
+    """The nodes of the trunk; a ValueError if a feature is there twice or computed from another."""
+    if len(stops) < len(features):
+        raise ValueError("features holds a tensor twice: its gradient would count twice")
+    trunk: set[Any] = set()
+    for number, feature in enumerate(features):
+        own = (feature.grad_fn, feature.output_nr)
+        nodes, _ = _walk([feature], set())
+        if any(node in nodes for node, output in stops if node is not None and (node, output) != own
+               and node is not feature.grad_fn):  # fmt: skip
+            raise ValueError(
+                f"feature {number} is computed from another one: its gradient would count twice. Give the tensors "
+                "that the heads take, none of which is made of another"
+            )
+        trunk |= nodes
+    return trunk
 
 
 def _batched_trunk(
@@ -132,7 +177,7 @@ def _batched_trunk(
         rows = [cotangents[k][i] for k in reaching]
         vectors.append(torch.stack([torch.zeros_like(features[i]) if row is None else row for row in rows]))
     try:
-        stacked = _grad([features[i] for i in used], parameters, retain=True, grad_outputs=vectors, batched=True)
+        stacked = grad([features[i] for i in used], parameters, retain=True, grad_outputs=vectors, batched=True)
     except RuntimeError as error:
         warnings.warn(
             f"mode='batched' does not work for this model ({str(error).splitlines()[0]}); 'cut' is used instead",
@@ -152,24 +197,30 @@ def _batched_trunk(
 
 
 def _walk(tensors: Sequence[Tensor | None], stops: set[Any]) -> tuple[set[Any], set[int]]:
-    """Nodes of the graph above some tensors down to `stops`, and the ids of the leaves that they reach."""
+    """Nodes of the graph above some tensors, and the ids of the leaves that they reach.
+
+    Args:
+        tensors: Where to start.
+        stops: Pairs of a node and the number of one of its outputs, where to go no further.
+    """
     stack: list[Any] = []
     seen: set[Any] = set()
     leaves: set[int] = set()
     for tensor in tensors:
         if tensor is not None and tensor.grad_fn is not None:
-            stack.append(tensor.grad_fn)
+            stack.append((tensor.grad_fn, tensor.output_nr))
         elif tensor is not None and tensor.requires_grad:
             leaves.add(id(tensor))
     while stack:
-        node = stack.pop()
-        if node in seen or node in stops:
+        edge = stack.pop()
+        node = edge[0]
+        if edge in stops or node in seen:
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.add(id(variable))
-        stack.extend(above for above, _ in node.next_functions if above is not None)
+        stack.extend(above for above in node.next_functions if above[0] is not None)
     return seen, leaves
 
 
@@ -226,6 +277,8 @@ def check_losses(
     for name, loss in zip(names, ordered, strict=True):
         if loss is None:
             continue
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"the loss of task {name} is {loss!r}, expected a tensor")
         if loss.numel() != 1:
             raise ValueError(f"the loss of task {name} has shape {tuple(loss.shape)}, expected a scalar")
         if not loss.requires_grad:

@@ -150,6 +150,13 @@ class TaskGradMixin(_Base):
         if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
             wrapped.require_backward_grad_sync = False
 
+    def on_train_end(self) -> None:
+        """Let go of the optimizer's state, which Lightning moves off the device."""
+        super().on_train_end()
+        optimizer = self._optimizer()
+        if isinstance(optimizer, AdaTask):
+            optimizer.slots.forget()
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Forget the gradients, by task as well."""
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)
@@ -214,7 +221,7 @@ class TaskGradMixin(_Base):
             if self._world_size() > 1:
                 optimizer.gradients.all_reduce()
                 optimizer.gradients.write_grad(scale)
-                optimizer.note_present()
+                optimizer.mark_ready()
             return
         gradients = self.task_gradients()
         if self._world_size() > 1:

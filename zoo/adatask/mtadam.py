@@ -57,7 +57,8 @@ class MTAdam(AdaTask):
         changed = []
         for position, parameter in enumerate(group["params"]):
             i = start + position
-            if i in shared:
+            if i in shared or len(group["task_ids"][position]) > 1:
+                shared.add(i)
                 found = {k: gradient for k, row in enumerate(rows) if (gradient := row[i]) is not None}
                 changed.append((parameter, self._shared_update(group, position, found)))
         if group["weight_decay"] and changed:
@@ -80,11 +81,12 @@ class MTAdam(AdaTask):
         slots = [ids.index(k) for k in found]
         gradients = torch.stack(list(found.values()))
         columns = (-1, *[1] * parameter.ndim)
-        norms = gradients.flatten(1).norm(dim=1)
+        norms = gradients.reshape(len(found), -1).norm(dim=1)
         average = state["norm"]
         fresh = state["step"][slots].to(norms.device) == 0
         average[slots] = torch.where(fresh, norms, torch.lerp(norms, average[slots], self.norm_decay))
-        anchor = average[slots[0]]
+        # The first task's scale, also where that task has no label now.
+        anchor = average[ids.index(min(ids))]
         scale = torch.where(average[slots] > 0, anchor / average[slots].clamp(min=1e-30), 1.0)
         gradients = gradients * scale.view(columns)
         beta1, beta2 = group["betas"]
@@ -95,5 +97,6 @@ class MTAdam(AdaTask):
         means = state["exp_avg"][slots] / (1 - beta1**steps)
         squares = state["exp_avg_sq"][slots] / (1 - beta2**steps)
         moved: Tensor = parameter.new_zeros((len(ids), *parameter.shape))
-        moved[slots] = -group["lr"] * means / (squares.amax(0).sqrt() + group["eps"])
+        sign = 1 if group["maximize"] else -1
+        moved[slots] = sign * group["lr"] * means / (squares.amax(0).sqrt() + group["eps"])
         return moved

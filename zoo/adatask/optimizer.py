@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from zoo.adatask.composition import aggregate_gradients, aggregate_updates
 from zoo.adatask.gradients import check_losses, per_task_grads, task_names
-from zoo.adatask.options import check_options
+from zoo.adatask.options import check_group, check_options
 from zoo.adatask.rules import DEFAULT_EPS
 from zoo.adatask.slots import JOINT, Entry, Slots
 from zoo.adatask.streaming import Streaming
-from zoo.adatask.task_gradients import TaskGradients, flatten, total, unflatten
+from zoo.adatask.task_gradients import TaskGradients, total
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -63,11 +64,11 @@ class AdaTask(Optimizer):
         nonfinite: A loss that is NaN or infinite: "error", "skip" (the task is missing), or "ignore".
         aggregator: Function of a matrix `(tasks, elements)` that returns a matrix of that shape, or weights `(tasks,)`.
         compose: Where the aggregator works: "pre" on the gradients, "post" on the tasks' updates, where weights are
-            scaled to a mean of 1.
+            scaled to a mean of 1 over the tasks that are present.
         first_moment_dtype: Type of the first moments, such as `torch.bfloat16`; that of the parameters by default.
         low_memory: Update each task's accumulators during `backward` and drop its gradients as they come. About one
             copy of the shared parameters in place of K + 1. Refuses what needs all gradients at the step: aggregators,
-            several backward calls per step, clipping, several processes, a GradScaler.
+            several backward calls per step, a GradScaler; `TaskGradMixin` refuses clipping and several processes.
         fused: Use torch's fused kernels; by default where there are some.
         maximize: Ascend.
 
@@ -105,33 +106,49 @@ class AdaTask(Optimizer):
         self.tasks = task_names(tasks)
         self.rule, self.reduction, self.missing, self.nonfinite = rule, reduction, missing, nonfinite
         self.aggregator, self.compose, self.low_memory = aggregator, compose, low_memory
-        self.task_weights = tuple(float(w) for w in task_weights or [1.0] * len(self.tasks))
-        check_options(self, amsgrad)
+        self.first_moment_dtype = first_moment_dtype
+        self.task_weights = tuple(map(float, [1.0] * len(self.tasks) if task_weights is None else task_weights))
+        check_options(self, first_moment_dtype)
         defaults = {
             "lr": lr, "betas": tuple(betas), "alpha": alpha, "eps": DEFAULT_EPS[rule] if eps is None else eps,
             "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize, "fused": fused, "shared": True,
         }  # fmt: skip
-        self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
         self._seen = [False] * len(self.tasks)
-        self._checked = self._weights_warned = False
+        self._checked = self._ready = False
+        self.weights_warned = False
         super().__init__(params, defaults)
-        self.gradients = TaskGradients.of_groups(self.param_groups, self.tasks)
-        self.slots = Slots(self, first_moment_dtype)
-        self.streaming = Streaming(self) if low_memory else None
+        self._build()
         if len(self.tasks) == 1:
             warnings.warn(f"AdaTask with one task is plain {rule}", stacklevel=2)
 
+    def _build(self) -> None:
+        """What is made of the groups and not kept in copies."""
+        self._hooks: OrderedDict[int, UpdateHook] = OrderedDict()
+        self.gradients = TaskGradients.of_groups(self.param_groups, self.tasks)
+        self.slots = Slots(self, self.first_moment_dtype)
+        self.streaming = Streaming(self) if self.low_memory else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: everything but gradients and hooks."""
+        dropped = ("gradients", "slots", "streaming", "_hooks")
+        own = {name: value for name, value in vars(self).items() if name not in dropped and "_optimizer_" not in name}
+        return {**own, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, or put a loaded state in place."""
+        super().__setstate__(state)
+        if "tasks" in state:
+            self._build()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; which tasks reach its parameters is learnt at the next step."""
-        built = hasattr(self, "gradients")
-        if built and not self.gradients.empty:
+        if self._ready:
             raise RuntimeError("a parameter group was added between backward() and step()")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["fused"] = check_options(self, group["amsgrad"], group)
-        group.setdefault("task_ids", [[] for _ in group["params"]])
-        group["tasks"] = list(self.tasks)
-        if built:
+        check_group(self.rule, group)
+        group |= {"task_ids": [[] for _ in group["params"]], "tasks": list(self.tasks)}
+        if hasattr(self, "gradients"):
             self.gradients = TaskGradients.of_groups(self.param_groups, self.tasks)
             self._checked = False
 
@@ -157,6 +174,7 @@ class AdaTask(Optimizer):
         """Forget the gradients, summed and by task."""
         super().zero_grad(set_to_none)
         self.gradients.clear()
+        self._ready = False
         if self.streaming is not None:
             self.streaming.clear()
 
@@ -170,8 +188,9 @@ class AdaTask(Optimizer):
     ) -> None:
         """Compute the gradient of each task, instead of `loss.backward()`.
 
-        The gradients stay with the optimizer; `.grad` is set to their sum for loggers. Several calls before a step
-        add up, as in torch.
+        The gradients stay with the optimizer; `.grad` is set to their sum for loggers (not with `low_memory`). Several
+        calls before a step add up, as in torch. If a call with `low_memory` fails half way, some accumulators have
+        advanced: continue from a checkpoint.
 
         Args:
             losses: A scalar per task, by name or in order, unsummed; None for a task without a label in this batch.
@@ -188,7 +207,7 @@ class AdaTask(Optimizer):
         nonfinite = "ignore" if scaler is not None and self.nonfinite == "error" else self.nonfinite
         ordered = check_losses(losses, self.tasks, nonfinite)
         present = [loss is not None for loss in ordered]
-        self._seen = [a or b for a, b in zip(self._seen, present, strict=True)]
+        self._ready = True
         if self.missing == "error" and not all(present):
             absent = ", ".join(name for name, there in zip(self.tasks, present, strict=True) if not there)
             raise ValueError(f"no loss for {absent}, and missing='error'")
@@ -201,20 +220,24 @@ class AdaTask(Optimizer):
             return
         factor = None
         if scaler is not None:
+            if not any(present):
+                scaler.scale(torch.zeros((), device=self.gradients.parameters[0].device))  # makes its scale
             ordered = [None if loss is None else scaler.scale(loss) for loss in ordered]
             factor = scaler.get_scale()
-        parameters = self.gradients.parameters
-        rows = per_task_grads(ordered, parameters, features, mode)
+        rows = per_task_grads(ordered, self.gradients.parameters, features, mode)
         for row in rows:
             for i, gradient in enumerate(row):
                 if gradient is not None:
                     self.refuse_sparse(i, gradient)
         self.gradients.accumulate(rows, present, counts, None if factor is None else 1 / factor)
         self.gradients.write_grad(factor)
+        if scaler is not None and not any(present):
+            # A scaler refuses a step for which it has seen no gradient at all.
+            self.gradients.parameters[0].grad = torch.zeros_like(self.gradients.parameters[0])
 
-    def note_present(self) -> None:
-        """Take note of tasks that only other processes have seen so far."""
-        self._seen = [a or b for a, b in zip(self._seen, self.gradients.present, strict=True)]
+    def mark_ready(self) -> None:
+        """Let `step` do nothing where no process had a loss; otherwise that is an error."""
+        self._ready = True
 
     def refuse_sparse(self, index: int, gradient: Tensor) -> None:
         """Raise a RuntimeError if the gradient of parameter number `index` is sparse."""
@@ -252,10 +275,14 @@ class AdaTask(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if self.gradients.empty and (self.streaming is None or self.streaming.empty):
-            if closure is not None and result is None:
-                return None  # a batch that Lightning leaves out
-            self._explain_empty()
+        ready, self._ready = self._ready, False
+        present = self.gradients.present if self.streaming is None else self.streaming.present
+        if not any(present):
+            # Nothing to do without a single loss, as in a batch that Lightning leaves out.
+            if not ready and (closure is None or result is not None):
+                self._explain_empty()
+            return result
+        self._seen = [a or b for a, b in zip(self._seen, present, strict=True)]
         if self.streaming is not None:
             self._check_reach(self.streaming.membership)
             self.streaming.step()
@@ -263,7 +290,7 @@ class AdaTask(Optimizer):
         shared = self.gradients.shared()
         self._check_reach()
         if self.aggregator is not None and self.compose == "pre" and shared:
-            self._aggregate_gradients(shared)
+            aggregate_gradients(self, shared)
         materialise = bool(self._hooks) or (self.aggregator is not None and self.compose == "post")
         updates: dict[Tensor, Tensor] | None = {} if materialise else None
         start = 0
@@ -302,34 +329,6 @@ class AdaTask(Optimizer):
             warnings.warn(f"no loss reaches {shown} ({len(unreached)} in all): left as they are", stacklevel=4)
         self._checked = True
 
-    def _aggregate_gradients(self, shared: Sequence[int]) -> None:
-        assert self.aggregator is not None
-        matrix = self.gradients.matrix(shared)
-        self.gradients.replace(shared, self._weighted(matrix, self.aggregator(matrix)))
-
-    def _weighted(self, matrix: Tensor, found: Tensor) -> Tensor:
-        """The aggregator's matrix, or the given one with the aggregator's weights."""
-        if found.shape == matrix.shape:
-            return found
-        if found.shape == matrix.shape[:1]:
-            if self.compose == "post":
-                # Updates are of the length of the learning rate, and no moment cancels the scale of the weights: they
-                # share out the length of AdaTask's own step.
-                scale = found.count_nonzero() / found.sum()
-                found = torch.where(found.sum() > 0, found * scale, found)
-            elif not self._weights_warned:
-                self._weights_warned = True
-                warnings.warn(
-                    "the aggregator returns weights of the tasks, which compose='pre' puts before a normalisation "
-                    "that cancels what is constant in them: use compose='post'",
-                    stacklevel=5,
-                )
-            return found[:, None].to(matrix.dtype) * matrix
-        raise ValueError(
-            f"the aggregator returned {tuple(found.shape)} for {tuple(matrix.shape)}, expected that shape or "
-            f"({len(matrix)},)"
-        )
-
     def _step_group(self, group: dict[str, Any], start: int, updates: dict[Tensor, Tensor] | None) -> None:
         rows = self.gradients.rows
         batches: dict[tuple[int, float], list[Entry]] = {}
@@ -340,8 +339,9 @@ class AdaTask(Optimizer):
             if found and not group["shared"]:
                 found = {JOINT: total(list(found.values()))}
             ids = group["task_ids"][position]
-            if self.missing == "zero":
-                found |= {k: torch.zeros_like(parameter) for k in ids if k not in found}
+            if self.missing == "zero" and parameter.requires_grad:
+                absent = self.absent(ids, self.gradients.present)
+                found |= {k: torch.zeros_like(parameter) for k in absent if k not in found}
             if not found:
                 continue
             slots = self.slots.ensure(group, position, list(found))
@@ -357,6 +357,11 @@ class AdaTask(Optimizer):
         for (_, factor), entries in batches.items():
             self.slots.apply(group, entries, factor)
 
+    @staticmethod
+    def absent(ids: Sequence[int], present: Sequence[bool]) -> list[int]:
+        """Which of a parameter's slots had no loss; `JOINT` where any task had none."""
+        return [k for k in ids if (not all(present) if k == JOINT else not present[k])]
+
     def factor(self, task: int, sharing: int) -> float:
         """What multiplies the learning rate of a task's slot on a parameter that so many tasks share."""
         if sharing < 2:
@@ -365,27 +370,14 @@ class AdaTask(Optimizer):
 
     def _apply_updates(self, updates: dict[Tensor, Tensor], shared: Sequence[int]) -> None:
         """Add the tasks' updates to the parameters, after the aggregator and the hooks have had them."""
-        ids_of: dict[Tensor, list[int]] = {}
-        for group in self.param_groups:
-            ids_of |= dict(zip(group["params"], group["task_ids"], strict=True))
         if self.aggregator is not None and self.compose == "post":
-            parameters = self.gradients.parameters
-            both = [i for i in shared if parameters[i] in updates]
-            rows: list[list[Tensor | None]] = [[None] * len(parameters) for _ in self.tasks]
-            for i in both:
-                for slot, k in enumerate(ids_of[parameters[i]]):
-                    rows[k][i] = updates[parameters[i]][slot]
-            if both:
-                matrix = torch.stack([flatten(row, parameters, both) for row in rows])
-                matrix = self._weighted(matrix, self.aggregator(matrix))
-                for k, row in enumerate(rows):
-                    for i, part in zip(both, unflatten(matrix[k], parameters, both), strict=True):
-                        if row[i] is not None:
-                            row[i].copy_(part)  # type: ignore[union-attr]
-        for parameter, own in updates.items():
-            for hook in self._hooks.values():
-                hook(parameter, own, ids_of[parameter])
-            parameter.add_(own.sum(0))
+            aggregate_updates(self, updates, shared)
+        for group in self.param_groups:
+            for parameter, ids in zip(group["params"], group["task_ids"], strict=True):
+                if parameter in updates:
+                    for hook in self._hooks.values():
+                        hook(parameter, updates[parameter], ids)
+                    parameter.add_(updates[parameter].sum(0))
 
     def state_dict(self) -> dict[str, Any]:
         """State as torch's optimizers have it: per parameter accumulators `(slots, *shape)` and clocks `(slots,)`.
@@ -407,6 +399,7 @@ class AdaTask(Optimizer):
         self.slots.check(state_dict)
         super().load_state_dict(state_dict)
         self.slots.restored()
+        self.gradients = TaskGradients.of_groups(self.param_groups, self.tasks)
         remember = getattr(self.aggregator, "load_state_dict", None)
         if remember is not None and "aggregator" in state_dict:
             remember(state_dict["aggregator"])
@@ -415,12 +408,15 @@ class AdaTask(Optimizer):
     def load_adam_state(self, state_dict: dict[str, Any], copy: str = "zeros") -> None:
         """Continue from a checkpoint of torch's Adam, AdamW, RMSprop or Adagrad on the same parameters.
 
+        Learning rates, decays and `eps` of the groups are taken over; weight decay, which may be of another kind, is
+        not. The accumulators are filled in the first step, so a state saved before it does not hold them.
+
         Args:
             state_dict: State of that optimizer.
-            copy: "zeros" takes the groups' options and starts the accumulators anew; "shared" gives every task the
-                accumulated squares, and an equal part of the first moment.
+            copy: "zeros" starts the accumulators anew; "shared" gives every task the accumulated squares, and an equal
+                part of the first moment.
 
         Raises:
-            ValueError: If `copy` is unknown, or the parameters differ.
+            ValueError: If `copy` is unknown, the parameters differ, or this optimizer has made a step.
         """
         self.slots.adopt(state_dict, copy)

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from zoo.adatask.rules import FUSED_DEVICES, RULES
+from zoo.adatask.rules import FUSED_DEVICES, RULES, has_fused_kernel
 
 if TYPE_CHECKING:
+    import torch
+
     from zoo.adatask.optimizer import AdaTask
 
 
-def check_options(optimizer: AdaTask, amsgrad: bool, group: dict[str, Any] | None = None) -> bool:
-    """Check what an optimizer was given, or one of its parameter groups.
-
-    Args:
-        optimizer: The optimizer.
-        amsgrad: Its option.
-        group: The group to check; without one, what holds for all groups.
-
-    Returns:
-        Whether the group uses fused kernels.
+def check_options(optimizer: AdaTask, first_moment_dtype: torch.dtype | None) -> None:
+    """Check what holds for all parameters of an optimizer.
 
     Raises:
         ValueError: If a value is out of its range.
-        RuntimeError: If fused kernels are asked for and there are none.
     """
-    if group is not None:
-        return _check_group(optimizer.rule, group)
     for name, value, allowed in (
         ("rule", optimizer.rule, RULES),
         ("reduction", optimizer.reduction, ("sum", "mean")),
@@ -43,14 +32,19 @@ def check_options(optimizer: AdaTask, amsgrad: bool, group: dict[str, Any] | Non
         raise ValueError(f"task_weights has {len(weights)} values for {len(tasks)} tasks ({', '.join(tasks)})")
     if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(f"task_weights must be positive, got {list(weights)}")
-    if amsgrad and optimizer.rule != "adam":
-        raise ValueError(f"amsgrad belongs to rule='adam', not to {optimizer.rule!r}")
+    if first_moment_dtype is not None and optimizer.rule != "adam":
+        raise ValueError(f"first_moment_dtype belongs to rule='adam': {optimizer.rule!r} has no first moments")
     if optimizer.low_memory and optimizer.aggregator is not None:
         raise ValueError("low_memory=True drops each task's gradient before the next one: no aggregator can see both")
-    return False
 
 
-def _check_group(rule: str, group: dict[str, Any]) -> bool:
+def check_group(rule: str, group: dict[str, Any]) -> None:
+    """Check a parameter group.
+
+    Raises:
+        ValueError: If a value is out of its range.
+        RuntimeError: If fused kernels are asked for and there are none.
+    """
     beta1, beta2 = group["betas"]
     for name, value, low, high in (
         ("lr", float(group["lr"]), 0.0, float("inf")),
@@ -64,16 +58,14 @@ def _check_group(rule: str, group: dict[str, Any]) -> bool:
             raise ValueError(f"{name} must be at least {low:g} and below {high:g}, got {value}")
     if group["shared"] not in (False, True):
         raise ValueError(f"shared must be True or False, got {group['shared']!r}")
-    parameters = group["params"]
-    complex_or_integer = next((p for p in parameters if not p.is_floating_point()), None)
-    if complex_or_integer is not None:
-        raise ValueError(f"parameters must be real numbers, got one of type {complex_or_integer.dtype}")
-    devices = sorted({parameter.device.type for parameter in parameters})
-    possible = set(devices) <= set(FUSED_DEVICES[rule]) and all(
-        p.dtype in (torch.float32, torch.float64) or p.is_cuda for p in parameters
-    )
-    if group["fused"] and not possible:
-        there = ", ".join(FUSED_DEVICES[rule]) or "no device"
-        raise RuntimeError(f"fused=True: torch has fused {rule} kernels on {there}, and the parameters are on "
-                           f"{', '.join(devices)}; leave fused out")  # fmt: skip
-    return possible if group["fused"] is None else group["fused"]
+    if group["amsgrad"] and rule != "adam":
+        raise ValueError(f"amsgrad belongs to rule='adam', not to {rule!r}")
+    for parameter in group["params"]:
+        if not parameter.is_floating_point():
+            raise ValueError(f"parameters must be real numbers, got one of type {parameter.dtype}")
+        if group["fused"] and not has_fused_kernel(rule, parameter):
+            there = ", ".join(FUSED_DEVICES[rule]) or "no device"
+            raise RuntimeError(
+                f"fused=True: torch has fused {rule} kernels on {there}, and a parameter is {parameter.dtype} on "
+                f"{parameter.device.type}; leave fused out"
+            )

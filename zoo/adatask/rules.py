@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 RULES = ("adam", "rmsprop", "adagrad")
 DEFAULT_EPS = {"adam": 1e-8, "rmsprop": 1e-8, "adagrad": 1e-10}
 FUSED_DEVICES = {"adam": ("cpu", "cuda", "mps", "xpu"), "adagrad": ("cpu",), "rmsprop": ()}
+"""Where torch has fused kernels of a rule."""
+
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",), "adagrad": ("sum",)}
 """Names of a rule's accumulators, those of torch's own optimizers."""
+
+
+def has_fused_kernel(rule: str, tensor: Tensor) -> bool:
+    """Whether torch has a fused kernel of the rule for such a tensor."""
+    single = tensor.dtype in (torch.float32, torch.float64) or tensor.is_cuda
+    return single and tensor.device.type in FUSED_DEVICES[rule]
 
 
 class Accumulators(NamedTuple):
@@ -55,6 +63,7 @@ def apply_rule(
     accumulators: Accumulators,
     options: dict[str, Any],
     lr: float | Tensor,
+    fused: bool,
 ) -> None:
     """Update the accumulators with gradients g_k and add `-lr * u_k` to the targets.
 
@@ -66,27 +75,20 @@ def apply_rule(
         targets: What the update is added to, in place: parameters, or a zeroed buffer to learn the update itself.
         gradients: Gradients, of the shapes of the targets.
         accumulators: The task's accumulators, updated in place.
-        options: The parameter group: betas, alpha, eps, amsgrad, maximize, fused.
+        options: The parameter group: betas, alpha, eps, amsgrad, maximize.
         lr: Learning rate, times whatever weighs this task.
+        fused: Use the fused kernel, which reads memory as it lies: everything must be contiguous and of one type.
     """
     first, second = accumulators.first, accumulators.second
-    if rule == "adam" and first and first[0].dtype != second[0].dtype:
-        for i in range(len(first)):
-            wide = first[i].to(second[i].dtype)
-            one = Accumulators(
-                [accumulators.steps[i]], [wide], [second[i]], [t[i] for t in [accumulators.largest] if t]
-            )
-            apply_rule(rule, [targets[i]], [gradients[i]], one, options, lr)
-            first[i].copy_(wide)
-        return
     common: dict[str, Any] = {
-        "lr": lr,
+        # Only the fused kernels take a learning rate in a tensor without further conditions.
+        "lr": lr if fused else float(lr),
         "eps": options["eps"],
         "weight_decay": 0.0,
         "maximize": options["maximize"],
-        "foreach": not options["fused"],
+        "foreach": not fused,
     }
-    inputs, fused, steps = list(gradients), options["fused"], accumulators.steps
+    inputs, steps = list(gradients), accumulators.steps
     if rule == "adam":
         common |= {"amsgrad": options["amsgrad"], "fused": fused}
         beta1, beta2 = options["betas"]

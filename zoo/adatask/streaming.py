@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoo.adatask.gradients import infer_membership
+from zoo.adatask.gradients import grad, infer_membership
 from zoo.adatask.slots import JOINT, Entry
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Streaming:
 
     Attributes:
         membership: By parameter, the tasks that reach it.
+        present: By task, whether it had a loss since the last step.
     """
 
     def __init__(self, optimizer: AdaTask) -> None:
@@ -42,34 +43,33 @@ class Streaming:
         """Forget what was computed since the last step; the accumulators keep what they have seen."""
         self._updates: dict[Tensor, Tensor] = {}
         self._joint: dict[Tensor, Tensor] = {}
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to apply."""
-        return not self._updates and not self._joint
+        self.present = [False] * len(self._optimizer.tasks)
 
     def backward(self, losses: Sequence[Tensor | None]) -> None:
         """Advance the accumulators by the gradients of the losses, one task after the other.
 
         Raises:
-            RuntimeError: If called twice before a step.
+            RuntimeError: If called twice before a step, or autograd fails.
         """
-        if not self.empty:
+        if any(self.present):
             raise RuntimeError(
                 "low_memory=True advances the moments in backward(), so gradients of several batches cannot be "
                 "accumulated before a step"
             )
         optimizer = self._optimizer
-        parameters = optimizer.gradients.parameters
+        self.present = [loss is not None for loss in losses]
         # From the graph and at once: accumulators that grew task by task would be copied each time.
-        self.membership = infer_membership(losses, parameters)
-        last = max(k for k, loss in enumerate(losses) if loss is not None)
+        self.membership = infer_membership(losses, optimizer.gradients.parameters)
+        last = max((k for k, there in enumerate(self.present) if there), default=-1)
         for k, loss in enumerate(losses):
-            if loss is None and optimizer.missing == "skip":
-                continue
-            self._advance(k, loss, retain=k < last)
+            if loss is not None:
+                self._advance(k, loss, retain=k < last)
+            elif optimizer.missing == "zero":
+                ids = [ids for group in optimizer.param_groups for ids in group["task_ids"]]
+                parameters = enumerate(optimizer.gradients.parameters)
+                self._consume(k, {i: torch.zeros_like(p) for i, p in parameters if k in ids[i] and p.requires_grad})
 
-    def _advance(self, task: int, loss: Tensor | None, retain: bool) -> None:
+    def _advance(self, task: int, loss: Tensor, retain: bool) -> None:
         """Give the accumulators a task's gradients, a few at a time as the pass brings them."""
         optimizer = self._optimizer
         parameters = optimizer.gradients.parameters
@@ -77,8 +77,10 @@ class Streaming:
         pending: dict[int, Tensor] = {}
         waiting = 0
 
-        def take(i: int, gradient: Tensor) -> Tensor:
+        def take(i: int, gradient: Tensor | None) -> Tensor | None:
             nonlocal waiting
+            if gradient is None:
+                return None
             optimizer.refuse_sparse(i, gradient)
             pending[i] = gradient
             waiting += gradient.nbytes
@@ -88,16 +90,12 @@ class Streaming:
             # In place of the gradient, which autograd would keep until the end of its pass.
             return gradient.new_zeros(()).expand_as(gradient)
 
-        if loss is not None and reached:
-            hooks = [parameters[i].register_hook(partial(take, i)) for i in reached]  # type: ignore[no-untyped-call]
-            try:
-                torch.autograd.grad(loss, [parameters[i] for i in reached], retain_graph=retain, allow_unused=True)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        elif loss is None:
-            ids = [ids for group in optimizer.param_groups for ids in group["task_ids"]]
-            pending |= {i: torch.zeros_like(p) for i, p in enumerate(parameters) if task in ids[i]}
+        hooks = [parameters[i].register_hook(partial(take, i)) for i in reached]  # type: ignore[no-untyped-call]
+        try:
+            grad(loss, [parameters[i] for i in reached], retain)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._consume(task, pending)
 
     @torch.no_grad()
@@ -113,7 +111,7 @@ class Streaming:
                     before = self._joint.get(parameter)
                     self._joint[parameter] = gradient if before is None else before + gradient
                     continue
-                slots = optimizer.slots.ensure(group, position, [k for k in self.membership[i] if k not in ids])
+                slots = optimizer.slots.ensure(group, position, self.membership[i])
                 if parameter not in self._updates:
                     self._updates[parameter] = torch.zeros_like(parameter)
                 entry = (self._updates[parameter], gradient, slots[ids.index(task)])
@@ -122,10 +120,16 @@ class Streaming:
             for factor, entries in batches.items():
                 optimizer.slots.apply(group, entries, factor)
 
+    @torch.no_grad()
     def step(self) -> None:
         """Decay the weights and apply the common update."""
         optimizer = self._optimizer
         for group in optimizer.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                ids = group["task_ids"][position]
+                zero = optimizer.missing == "zero" and JOINT in optimizer.absent(ids, self.present)
+                if zero and parameter not in self._joint and parameter.requires_grad:
+                    self._joint[parameter] = torch.zeros_like(parameter)
             changed = [p for p in group["params"] if p in self._updates or p in self._joint]
             if group["weight_decay"] and changed:
                 torch._foreach_mul_(changed, 1 - float(group["lr"]) * group["weight_decay"])

@@ -99,8 +99,14 @@ class TaskGradients:
         Args:
             factor: What the sum is multiplied with.
         """
+        own = {id(gradient) for row in self.rows for gradient in row}
         for parameter, gradient in zip(self.parameters, self.joint(), strict=True):
-            parameter.grad = gradient if gradient is None or factor is None else gradient * factor
+            if gradient is not None and factor is not None:
+                gradient = gradient * factor
+            elif gradient is not None and id(gradient) in own:
+                # Whoever changes `.grad` in place must not change what one task alone has.
+                gradient = gradient.clone()
+            parameter.grad = gradient
 
     def clip(self, max_norm: float, mode: str = "task") -> None:
         """Bound norms.
@@ -111,13 +117,19 @@ class TaskGradients:
                 the sum over the tasks.
         """
         if mode == "sum":
-            norms = [_norm(self.joint())] * len(self.rows)
+            norms = [self._norm(self.joint())] * len(self.rows)
         else:
-            norms = [_norm(row) for row in self.rows]
+            norms = [self._norm(row) for row in self.rows]
             if mode == "joint":
                 norms = [torch.stack(norms).norm()] * len(self.rows)
         for k, (row, norm) in enumerate(zip(self.rows, norms, strict=True)):
             self.rows[k] = _scaled(row, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _norm(self, row: Sequence[Tensor | None]) -> Tensor:
+        found = [gradient for gradient in row if gradient is not None]
+        if not found:
+            return torch.zeros((), device=self.parameters[0].device)
+        return torch.nn.utils.get_total_norm(found)
 
     def clip_value(self, bound: float) -> None:
         """Bound each number."""
@@ -148,7 +160,7 @@ class TaskGradients:
         for k, row in enumerate(self.rows):
             for i, part in zip(indices, unflatten(matrix[k], self.parameters, indices), strict=True):
                 if row[i] is not None:
-                    row[i] = part
+                    row[i] = part.to(self.parameters[i].dtype)
 
     def all_reduce(self, group: Any = None) -> None:
         """Average over the processes, before anything is squared, by one collective call.
@@ -185,10 +197,12 @@ class TaskGradients:
         for _, i in slots:
             dtype = torch.promote_types(dtype, self.parameters[i].dtype)
         present = torch.tensor(self.present, dtype=dtype, device=device)
+        # A process without any loss knows no counts, where others do.
+        counted = self.counts is not None
         counts = present if self.counts is None else self.counts.to(device, dtype)
         held = [self.rows[k][i] for k, i in slots]
-        header = torch.tensor([float(grown), *(float(g is not None) for g in held)], dtype=dtype, device=device)
-        parts = [header, present, counts]
+        flags = [float(grown), float(counted), *(float(g is not None) for g in held)]
+        parts = [torch.tensor(flags, dtype=dtype, device=device), present, counts]
         for (k, i), gradient in zip(slots, held, strict=True):
             if gradient is None:
                 parts.append(torch.zeros(self.parameters[i].numel(), dtype=dtype, device=device))
@@ -197,18 +211,20 @@ class TaskGradients:
                 parts.append(weighted.flatten().to(dtype))
         flat = torch.cat(parts)
         dist.all_reduce(flat, group=group)
-        flags: list[float] = flat[: 1 + len(slots) + tasks].tolist()
+        start = 2 + len(slots) + tasks
+        flags = flat[:start].tolist()
         if flags[0]:
             return None
-        self.present = [bool(flag) for flag in flags[1 + len(slots) :]]
-        start = 1 + len(slots) + 2 * tasks
-        totals = flat[start - tasks : start]
-        if self.counts is None:
+        self.present = [bool(flag) for flag in flags[2 + len(slots) :]]
+        totals = flat[start : start + tasks]
+        start += tasks
+        if not flags[1]:
             divisors = torch.full((tasks,), float(world), dtype=dtype, device=device)
         else:
-            self.counts, divisors = totals.float(), totals.clamp(min=1e-12)
+            # A copy: a view would hold the whole buffer.
+            self.counts, divisors = totals.float().clone(), totals.clamp(min=1e-12)
         reduced = {}
-        for (k, i), reached in zip(slots, flags[1 : 1 + len(slots)], strict=True):
+        for (k, i), reached in zip(slots, flags[2 : 2 + len(slots)], strict=True):
             parameter = self.parameters[i]
             part = flat[start : start + parameter.numel()]
             start += parameter.numel()
@@ -239,8 +255,3 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
 
 def _scaled(row: Sequence[Tensor | None], factor: float | Tensor) -> list[Tensor | None]:
     return [None if gradient is None else gradient * factor for gradient in row]
-
-
-def _norm(row: Sequence[Tensor | None]) -> Tensor:
-    found = [gradient for gradient in row if gradient is not None]
-    return torch.nn.utils.get_total_norm(found) if found else torch.zeros(())

@@ -83,7 +83,7 @@ def test_a_trunk_is_passed_once_per_task_and_a_head_once(mode, num_tasks):
 
 
 class Tangled(nn.Module):
-    """Heads that share a gate above the features, use different features, and reach the trunk beside them."""
+    """Heads that share a gate above the features, use different features, and may reach the trunk beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,22 +92,77 @@ class Tangled(nn.Module):
         self.gate, self.heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
         self.double()
 
-    def losses(self, inputs, targets):
+    def losses(self, inputs, targets, beside=False):
         left, right = self.left(inputs).tanh(), self.right(inputs).tanh()
         gated = self.gate(left).sigmoid() * left
         outputs = [self.heads[0](gated), self.heads[1](gated + right), self.heads[2](right)]
         losses = [(o.squeeze(1) - t).square().mean() for o, t in zip(outputs, targets, strict=True)]
-        losses[2] = losses[2] + self.left.bias.square().sum()
+        if beside:
+            losses[2] = losses[2] + self.left.bias.square().sum()
         return losses, [left, right]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_shared_gates_and_side_paths_are_counted_right(mode):
+def test_shared_gates_and_partly_used_features_are_counted_right(mode):
     model = Tangled()
     parameters = list(model.parameters())
     expected = separate_backwards(model.losses(*batch(0))[0], parameters)
     losses, features = model.losses(*batch(0))
     equal(per_task_grads(losses, parameters, features, mode), expected)
+
+
+def test_a_path_beside_the_features_is_right_in_loop_and_refused_where_it_cannot_be_cut():
+    model = Tangled()
+    parameters = list(model.parameters())
+    expected = separate_backwards(model.losses(*batch(0), beside=True)[0], parameters)
+    losses, features = model.losses(*batch(0), beside=True)
+    with pytest.raises(ValueError, match=r"loss 2 reaches the trunk beside features.*mode='loop'"):
+        per_task_grads(losses, parameters, features, "cut")
+    equal(per_task_grads(losses, parameters, features, "loop"), expected)
+
+
+@pytest.mark.parametrize("mode", ["cut", "batched"])
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda z: [z, z], "holds a tensor twice"),
+        (lambda z: [z, z.unsqueeze(2)], "feature 1 is computed from another one"),
+        (lambda z: [z.exp(), z], "feature 0 is computed from another one"),
+    ],
+)
+def test_features_that_would_count_twice_are_refused(mode, features, message):
+    model = TwoHeads()
+    losses, z = model.losses(*batch(0))
+    with pytest.raises(ValueError, match=message):
+        per_task_grads(losses, list(model.parameters()), features(z), mode)
+
+
+def test_the_other_half_of_a_split_feature_is_not_lost():
+    layer, heads = nn.Linear(5, 4), nn.ModuleList(nn.Linear(2, 1) for _ in range(2))
+    parameters = [*layer.parameters(), *heads.parameters()]
+    left, right = layer(torch.ones(3, 5)).chunk(2, -1)
+    losses = [heads[0](left).sum(), heads[1](right).square().sum()]
+    expected = separate_backwards(losses, parameters)
+    for p in parameters:
+        p.grad = None
+    with pytest.raises(ValueError, match="loss 1 reaches the trunk beside features"):
+        per_task_grads(losses, parameters, [left], "cut")
+    equal(per_task_grads(losses, parameters, [left, right], "cut"), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_parameter_has_no_gradient(mode):
+    model = TwoHeads()
+    model.trunk[0].weight.requires_grad_(False)
+    model.heads[1].bias.requires_grad_(False)
+    losses, features = model.losses(*batch(0))
+    names = [name for name, _ in model.named_parameters()]
+    rows = per_task_grads(losses, list(model.parameters()), features, mode)
+    for k, row in enumerate(rows):
+        found = dict(zip(names, row, strict=True))
+        assert found["trunk.0.weight"] is None
+        assert found["trunk.0.bias"] is not None
+        assert (found["heads.1.bias"] is None) and (found[f"heads.{k}.weight"] is not None)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -139,7 +194,7 @@ def test_an_operation_without_a_batching_rule_falls_back_with_a_warning():
 
 def test_membership_is_read_from_the_graph():
     model = Tangled()
-    losses, _ = model.losses(*batch(0))
+    losses, _ = model.losses(*batch(0), beside=True)
     names = {p: name for name, p in model.named_parameters()}
     found = dict(zip(names.values(), infer_membership(losses, list(names)), strict=True))
     assert found["lower.weight"] == ()
