@@ -76,7 +76,7 @@ class ImageTaskRows(Dataset[ImageTaskBatch]):
             masks[name] = ~absent
             # Nothing may be learned from what is said to be unknown, whether or not a loss looks at the mask.
             targets[name][absent] = -1 if self.kinds[name] == "segmentation" else 0
-        return ImageTaskBatch(images, targets, masks)
+        return ImageTaskBatch(images, targets, masks, draw.indices)
 
 
 class ImageTaskData(LightningDataModule):
@@ -102,7 +102,8 @@ class ImageTaskData(LightningDataModule):
     Images are in [0, 1]; floating images of MTAN's files are taken as they are.
 
     Args:
-        source: One of the above.
+        source: "embedded" or "embedded_scenes" (no file, no network), "multi_mnist", "multi_fashion",
+            "multi_fashion_mnist", "cityscapes", "nyuv2" or "camvid".
         data_dir: Folder of the sets; `$ZOO_DATA` by default, or else the user's cache.
         test_path: Other images to test (and predict) on, in the format of the source: a folder with `image` and the
             labels, or with such a `val` (cityscapes, nyuv2; embedded_scenes with `label`, `depth`, `normals`), or an

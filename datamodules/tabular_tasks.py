@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample,
 from datamodules.sources.task_sets import SETS, read_set, set_columns
 from datamodules.sources.task_tables import PARTS, Encoding, Parsed, Table, TaskColumns, parse, read_table
 from datamodules.task_batches import TabularTaskBatch
+from datamodules.task_fingerprint import check_fingerprint, fingerprint
 from datamodules.task_rows import TaskRows, TaskTensors, describe_task, hide_labels, task_tensors
 
 if TYPE_CHECKING:
@@ -335,27 +335,16 @@ class TabularTaskData(LightningDataModule):
         return self._prepared.tensors.numbers.shape[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The columns and the vocabularies' fingerprint: a checkpoint's codes mean nothing with others."""
-        columns, encoding = self._prepared.columns, self._prepared.encoding
-        vocabularies = () if encoding is None else encoding.vocabularies
-        fingerprint = zlib.crc32("\n\n".join("\n".join(labels) for labels in vocabularies).encode())
-        names = [*columns.categorical, *columns.numeric, *(name for name, _ in columns.targets)]
-        return {"source": self.source, "columns": names, "vocabulary": fingerprint}
+        """Columns, vocabularies, the split and what numbers are standardised by: other ones would not fit a model."""
+        return fingerprint(self.source, self._prepared.columns, self._prepared.encoding, self._prepared.parts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the columns and vocabularies of a checkpoint with these.
+        """Compare a checkpoint's table with this one.
 
         Raises:
             ValueError: If they differ.
         """
-        own = self.state_dict()
-        for what in ("columns", "vocabulary"):
-            if own[what] != state_dict[what]:
-                was, now = (f"{state[what]} of source={state['source']!r}" for state in (state_dict, own))
-                raise ValueError(
-                    f"the checkpoint was trained on another table, its {what} differ: {was}, here {now}. Use the data "
-                    "options of the training, and test_path for other rows"
-                )
+        check_fingerprint(self.state_dict(), state_dict)
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -365,17 +354,29 @@ class TabularTaskData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the data; later calls cost nothing."""
         self._prepared  # noqa: B018 - read on first use
-        if stage in ("test", "predict"):
+        if stage == "test":
             self._test_rows  # noqa: B018 - read on first use
+        if stage == "predict":
+            self._predict_rows  # noqa: B018 - read on first use
         return_memory()
 
     @cached_property
     def _test_rows(self) -> TaskRows:
+        return self._rows_to_test(labelled=True)
+
+    @cached_property
+    def _predict_rows(self) -> TaskRows:
+        """The rows to test on, whose labels a user's own file need not have."""
+        return self._rows_to_test(labelled=self.source in SETS)
+
+    def _rows_to_test(self, labelled: bool) -> TaskRows:
         prepared = self._prepared
         if self.test_path is None:
             return TaskRows(prepared.tensors, prepared.parts["test"])
         assert prepared.encoding is not None
         columns, path = replace(prepared.columns, split=None), Path(self.test_path)
+        if not labelled:
+            columns = replace(columns, targets=(), user=None)
         table = SETS[self.source].read(path, columns) if self.source in SETS else read_table(path, columns)
         parsed = parse(table, columns, {task["name"]: task["num_outputs"] for task in prepared.tasks})
         return TaskRows(task_tensors(parsed, prepared.encoding), torch.arange(len(parsed.numbers)))
@@ -419,4 +420,4 @@ class TabularTaskData(LightningDataModule):
 
     def predict_dataloader(self) -> BatchLoader:
         """The rows that are tested on, in the same order."""
-        return self._eval_loader(self._test_rows)
+        return self._eval_loader(self._predict_rows)

@@ -18,6 +18,7 @@ class TabularTaskBatch(NamedTuple):
             `(batch, num_outputs)` in natural units (regression).
         masks: By task: bool `(batch,)`, whether a row has a label; a task without an entry has all of them.
         user_ids: int64 `(batch,)`, groups for metrics within a user, or None.
+        rows: int64 `(batch,)`, places among the rows of the loader's part.
     """
 
     categories: Tensor
@@ -25,6 +26,7 @@ class TabularTaskBatch(NamedTuple):
     targets: dict[str, Tensor]
     masks: dict[str, Tensor]
     user_ids: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class ImageTaskBatch(NamedTuple):
@@ -36,8 +38,10 @@ class ImageTaskBatch(NamedTuple):
             (segmentation), float32 `(batch, 1, height, width)` with 0 for undefined pixels (depth), float32
             `(batch, 3, height, width)` with zero vectors for undefined pixels (normals).
         masks: By task: bool `(batch,)`, whether an image has a label; a task without an entry has all of them.
+        rows: int64 `(batch,)`, places among the images of the loader's part.
     """
 
     images: Tensor
     targets: dict[str, Tensor]
     masks: dict[str, Tensor]
+    rows: Tensor | None = None

@@ -63,6 +63,7 @@ class TaskRows(Dataset[TabularTaskBatch]):
             {name: values[rows] for name, values in table.targets.items()},
             {name: mask[rows] for name, mask in table.masks.items()},
             None if table.user_ids is None else table.user_ids[rows],
+            draw.indices,
         )
 
 
@@ -70,6 +71,8 @@ def task_tensors(parsed: Parsed, encoding: Encoding) -> TaskTensors:
     """Encode a table."""
     targets, masks = {}, {}
     for name, kind in encoding.columns.targets:
+        if name not in parsed.targets:
+            continue  # rows to predict for
         values = parsed.targets[name]
         absent = np.isnan(values)
         dtype = np.int64 if kind == "multiclass" else np.float32

@@ -443,3 +443,36 @@ def test_fractions_replace_the_sizes_of_a_known_set_only_when_given() -> None:
     assert TabularTaskData(source="adult")._sizes(32_561) == [20_000, 5_000, 7_561]
     assert TabularTaskData(source="adult", test_fraction=0.2)._sizes(100) == [70, 10, 20]
     assert TabularTaskData(source="tiktok")._sizes(1_000) == [810, 90, 100]
+
+
+def _csv(path, rows: int = 40, scale: float = 1.0, labelled: bool = True) -> str:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(rows, 2, generator=generator)
+    header = "a,b" + (",click" if labelled else "")
+    lines = [f"{scale * a:.6f},{b:.6f}" + (f",{int(a > 0)}" if labelled else "") for a, b in values.tolist()]
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return str(path)
+
+
+def _own(path: str, **options: Any) -> TabularTaskData:
+    return TabularTaskData(path=path, numeric_columns=["a", "b"], binary_targets=["click"], **options)
+
+
+def test_a_checkpoint_is_refused_under_another_split_or_scale(tmp_path: Path) -> None:
+    path = _csv(tmp_path / "own.csv")
+    trained = _own(path).state_dict()
+    _own(path).load_state_dict(trained)
+    with pytest.raises(ValueError, match="trained on another table, its split differ"):
+        _own(path, split_seed=5).load_state_dict(trained)
+    with pytest.raises(ValueError, match="trained on another table, its statistics differ"):
+        _own(_csv(tmp_path / "other.csv", scale=3.0)).load_state_dict(trained)
+
+
+def test_rows_to_predict_for_need_no_labels(tmp_path: Path) -> None:
+    data = _own(_csv(tmp_path / "own.csv"), test_path=_csv(tmp_path / "new.csv", rows=7, labelled=False))
+    batch = next(iter(data.predict_dataloader()))
+    assert batch.numbers.shape == (7, 2)
+    assert batch.rows is not None and batch.rows.tolist() == list(range(7))
+    assert not batch.targets
+    with pytest.raises(ValueError, match="has no column 'click'"):
+        data.test_dataloader()

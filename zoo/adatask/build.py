@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.adatask.gradients import MODES
 from zoo.adatask.mtadam import MTAdam
 from zoo.adatask.optimizer import AdaTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -24,6 +25,7 @@ _PLAIN: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 OPTIMIZERS = ("adatask", "mtadam", *_PLAIN)
+CLIP_MODES = ("task", "joint")
 
 
 def build_optimizer(
@@ -82,6 +84,41 @@ def build_optimizer(
     return optimizer
 
 
+def check_training(optimizer: str, *, clip_mode: str, backward_mode: str, select: str, lr_step_epochs: int) -> None:
+    """Check options of a training by their values.
+
+    Raises:
+        ValueError: If one is unknown or out of its range.
+    """
+    for name, value, allowed in (
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("clip_mode", clip_mode, CLIP_MODES),
+        ("backward_mode", backward_mode, MODES),
+        ("select", select, ("best", "last")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if lr_step_epochs < 0:
+        raise ValueError(f"lr_step_epochs must not be negative, got {lr_step_epochs}")
+
+
+def check_by_task(
+    tasks: Sequence[str], loss_weights: Sequence[float] | None, baseline: Mapping[str, float] | None
+) -> None:
+    """Check options that have a value per task.
+
+    Raises:
+        ValueError: If there are too few or too many, one is not positive, or names no task.
+    """
+    if loss_weights is not None and len(loss_weights) != len(tasks):
+        raise ValueError(f"loss_weights has {len(loss_weights)} values for {len(tasks)} tasks")
+    if not all(weight > 0 for weight in loss_weights or []):
+        raise ValueError(f"loss_weights must be positive, got {loss_weights}")
+    for name in baseline or {}:
+        if name.partition("/")[2] not in tasks:
+            raise ValueError(f"baseline names {name!r}, expected 'metric/task' of {', '.join(tasks)}")
+
+
 def dtype_of(name: str) -> torch.dtype:
     """A floating-point type by its name, such as "bfloat16".
 
@@ -97,7 +134,10 @@ def dtype_of(name: str) -> torch.dtype:
 def _groups(named: list[tuple[str, nn.Parameter]], joint_parameters: str | None) -> list[dict[str, Any]]:
     if joint_parameters is None:
         return [{"params": named}]
-    pattern = re.compile(joint_parameters)
+    try:
+        pattern = re.compile(joint_parameters)
+    except re.error as error:
+        raise ValueError(f"joint_parameters={joint_parameters!r} is no regular expression: {error}") from error
     joint = [(name, parameter) for name, parameter in named if pattern.search(name)]
     if not joint:
         names = ", ".join(name for name, _ in named)

@@ -27,7 +27,7 @@ class TaskDominanceMonitor(Callback):
     """Logs, draws and keeps the tasks' shares rAU in the updates of each shared layer (see `TaskDominance`).
 
     For modules with `TaskGradMixin`, trained by `AdaTask` or by torch's SGD, RMSprop, Adagrad, Adam or AdamW.
-    Training is not changed, but for one gradient per task where a plain optimizer would need their sum alone.
+    Training is not changed, but for the time of one gradient per task where a plain optimizer needs their sum alone.
 
         Trainer(callbacks=[TaskDominanceMonitor(every_n_steps=10)])
 

@@ -133,6 +133,8 @@ class GradNorm(LossWeighting):
         self.check(gradient_norms, "gradient_norms")
         if not self._ready:
             raise RuntimeError("GradNorm.after_backward needs a training pass of the losses before it")
+        if not bool(gradient_norms.isfinite().all()):
+            return  # an overflow under mixed precision, whose step is left out as well
         losses, present = _mean_over_processes(self.last_losses, self.last_present)
         first = present & self.initial_losses.isnan()
         self.initial_losses.copy_(torch.where(first, losses, self.initial_losses))

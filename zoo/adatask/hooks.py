@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -21,7 +22,9 @@ else:
     # A mixin proper: Lightning's own hooks come from the module that it is mixed into.
     _Base = object
 
-CLIP_MODES = ("task", "joint")
+
+class UnsupportedTrainingError(MisconfigurationException, RuntimeError):
+    """A setting of the Trainer, or an optimizer, that cannot work with gradients by task."""
 
 
 class TaskGradMixin(_Base):
@@ -58,6 +61,14 @@ class TaskGradMixin(_Base):
     _counts: Tensor | None = None
     _features: Sequence[Tensor] | None = None
     _gradients: TaskGradients | None = None
+    _finished: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order of the bases in which Lightning's hooks hide those of the mixin."""
+        super().__init_subclass__(**kwargs)
+        bases = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in bases and bases.index("LightningModule") < bases.index("TaskGradMixin"):
+            raise TypeError(f"class {cls.__name__}: TaskGradMixin must stand before LightningModule among the bases")
 
     def joint_loss(
         self,
@@ -81,8 +92,9 @@ class TaskGradMixin(_Base):
         found = [loss for loss in losses.values() if loss is not None]
         if found:
             return torch.stack([loss.reshape(()).float() for loss in found]).sum()
-        # The other processes wait for this one's gradients.
-        return torch.zeros((), device=self.device, requires_grad=True) if self._world_size() > 1 else None
+        # Other processes, or a step on what earlier batches have gathered, wait for this one's backward.
+        waited_for = self._world_size() > 1 or (self._trainer is not None and self.trainer.accumulate_grad_batches > 1)
+        return torch.zeros((), device=self.device, requires_grad=True) if waited_for else None
 
     def task_gradients(self) -> TaskGradients:
         """Gradients by task of the present step.
@@ -114,13 +126,13 @@ class TaskGradMixin(_Base):
         """Refuse strategies that shard gradients.
 
         Raises:
-            RuntimeError: Under FSDP, DeepSpeed or model parallelism.
+            UnsupportedTrainingError: Under FSDP, DeepSpeed or model parallelism.
         """
         super().setup(stage)
         if stage == "fit" and isinstance(
             self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
         ):
-            raise RuntimeError(
+            raise UnsupportedTrainingError(
                 f"{type(self.trainer.strategy).__name__} shards gradients and sums them over the tasks by itself, "
                 "gradients by task need each process to have its own: use strategy='ddp'"
             )
@@ -129,15 +141,17 @@ class TaskGradMixin(_Base):
         """Take the exchange of gradients over from DistributedDataParallel, whose hooks never fire here.
 
         Raises:
-            RuntimeError: If the optimizer cannot do what the Trainer is set to.
+            UnsupportedTrainingError: If the optimizer cannot do what the Trainer is set to.
         """
         super().on_train_start()
         optimizer = self._optimizer()
         if not self._by_task():
             return
         if isinstance(optimizer, LBFGS):
-            raise RuntimeError("LBFGS evaluates the summed loss several times a step: gradients by task do not reach "
-                               "it. Use AdaTask, or a first-order optimizer with an aggregator")  # fmt: skip
+            raise UnsupportedTrainingError(
+                "LBFGS evaluates the summed loss several times a step: gradients by task do not reach it. Use AdaTask, "
+                "or a first-order optimizer with an aggregator"
+            )
         if isinstance(optimizer, AdaTask) and optimizer.low_memory:
             for setting, value in (
                 ("accumulate_grad_batches", self.trainer.accumulate_grad_batches > 1),
@@ -145,7 +159,9 @@ class TaskGradMixin(_Base):
                 ("several processes", self._world_size() > 1),
             ):
                 if value:
-                    raise RuntimeError(f"low_memory=True keeps no gradient until the step, which {setting} needs")
+                    raise UnsupportedTrainingError(
+                        f"low_memory=True keeps no gradient until the step, which {setting} needs"
+                    )
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
             wrapped.require_backward_grad_sync = False
@@ -172,6 +188,12 @@ class TaskGradMixin(_Base):
         if not self._by_task():
             super().backward(loss, *args, **kwargs)
             return
+        if self._finished:
+            # An optimizer_zero_grad() of the user may not have come here.
+            self._finished = False
+            gradients = self.task_gradients() if self._gradients or isinstance(self._optimizer(), AdaTask) else None
+            if gradients is not None:
+                gradients.clear()
         losses, counts, features = self._losses, self._counts, self._features
         self._losses = self._counts = self._features = None
         if losses is None:
@@ -190,6 +212,7 @@ class TaskGradMixin(_Base):
             self._gradients = self._new_gradients(optimizer, list(losses))
         if not self.trainer.fit_loop._should_accumulate():
             self._finish(optimizer, None if scaler is None else scaler.get_scale())
+            self._finished = True
 
     @staticmethod
     def _new_gradients(optimizer: Optimizer, names: Sequence[str]) -> TaskGradients:
@@ -203,7 +226,9 @@ class TaskGradMixin(_Base):
         features: Sequence[Tensor] | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        if self._gradients is None:
+        known = [p for group in optimizer.param_groups for p in group["params"]]
+        # Groups may grow during a fit, as a frozen backbone thaws.
+        if self._gradients is None or len(known) != len(self._gradients.parameters):
             self._gradients = self._new_gradients(optimizer, list(losses))
         gradients = self._gradients
         ordered = check_losses(losses, gradients.names, "error" if scaler is None else "ignore")
@@ -227,8 +252,9 @@ class TaskGradMixin(_Base):
         if self._world_size() > 1:
             gradients.all_reduce()
         shared = gradients.shared()
-        if self.aggregator is not None and shared:
-            matrix = gradients.matrix(shared)
+        matrix = gradients.matrix(shared) if self.aggregator is not None and shared else None
+        # Under mixed precision an overflow is the scaler's business: it leaves the step out.
+        if self.aggregator is not None and matrix is not None and (scale is None or bool(matrix.isfinite().all())):
             found = self.aggregator(matrix)
             gradients.replace(shared, found if found.ndim == 2 else found[:, None].to(matrix.dtype) * matrix)
         gradients.write_grad(scale)

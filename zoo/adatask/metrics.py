@@ -51,6 +51,9 @@ def primary(kind: str) -> tuple[str, bool]:
 def score(values: Mapping[str, Tensor], specs: Sequence[TaskSpec]) -> Tensor | None:
     """Mean over tasks of their primary metrics, or None where one of them is an error (lower is better).
 
+    A metric that the split does not define (NaN: an AUC without positives) is left out, or no epoch could be the best;
+    a NaN *output* scores worst and is not NaN here.
+
     Args:
         values: Scalars by `<metric>/<task>`, such as `auc/income`; others than the primary ones are left alone.
         specs: The tasks.
@@ -67,7 +70,34 @@ def score(values: Mapping[str, Tensor], specs: Sequence[TaskSpec]) -> Tensor | N
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{missing[0]!r} is missing among the values {sorted(values)}")
-    return torch.stack([values[name] for name in names]).mean()
+    return torch.stack([values[name] for name in names]).nanmean()
+
+
+class MeanLoss(Metric):
+    """Mean of losses over their labels, without a look at the values, which would have to wait for the device."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss: Mean loss, a scalar.
+            count: Labels behind it.
+        """
+        self.total += loss.detach().double() * count
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """The mean, float32; NaN without a label."""
+        return (self.total / self.count).float()
 
 
 def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

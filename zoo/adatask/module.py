@@ -8,20 +8,20 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from zoo.adatask.aggregators import aggregator as build_aggregator
 from zoo.adatask.aggregators import default_compose
 from zoo.adatask.backbones import MultiTaskOutput, build_backbone
-from zoo.adatask.build import OPTIMIZERS, build_optimizer
+from zoo.adatask.build import build_optimizer, check_by_task, check_training
 from zoo.adatask.conflicts import GradVac, PCGrad
 from zoo.adatask.delta_m import delta_m
 from zoo.adatask.feedback_weightings import FAMO, GradNorm
-from zoo.adatask.hooks import CLIP_MODES, TaskGradMixin
+from zoo.adatask.hooks import TaskGradMixin
 from zoo.adatask.losses import task_loss
-from zoo.adatask.metrics import TaskMetrics, primary, score
+from zoo.adatask.metrics import MeanLoss, TaskMetrics, primary, score
 from zoo.adatask.predictions import readable
 from zoo.adatask.tasks import task_specs
+from zoo.adatask.types import inputs_of
 from zoo.adatask.weightings import DynamicWeightAverage, EqualWeighting, RandomLossWeighting
 from zoo.adatask.weightings import weighting as build_weighting
 from zoo.common.artifacts import log_figure, log_table
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
     from zoo.adatask.types import TaskBatch
+
+ROW_KINDS = ("binary", "multiclass", "regression")
+"""Kinds of tasks with one label a row or image."""
 
 
 class MultiTaskModule(TaskGradMixin, LightningModule):
@@ -46,10 +49,13 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         in_channels: Channels of images.
         backbone: "shared_bottom", "mmoe", "ple" (tables), "lenet", "segnet", "mtan" (images), or "single_task": one
             network per task, of the kind that the option `base` names.
-        backbone_options: Further arguments of the backbone, such as `hidden_sizes`.
+        backbone_options: Further arguments of the backbone. Tables: `embedding_size`, `tower_sizes`, `dropout`, and
+            `hidden_sizes` (shared_bottom), `num_experts` and `expert_sizes` (mmoe), `num_levels`, `num_shared_experts`,
+            `num_task_experts` and `expert_sizes` (ple). Images: `filters` (segnet, mtan), `width`, `hidden_size` and
+            `pooled_size` (lenet).
         optimizer: "adatask", "mtadam", "adam", "adamw", "rmsprop", "adagrad" or "sgd".
         lr: Learning rate.
-        rule: Rule of "adatask": "adam", "rmsprop" or "adagrad".
+        rule: Rule of "adatask" (others refuse this and the next two options): "adam", "rmsprop" or "adagrad".
         reduction: "sum" of the tasks' updates, as published, or their "mean" ("adatask").
         task_weights: Factor of each task's update after the preconditioning ("adatask").
         optimizer_options: Further arguments of the optimizer, such as `betas`, `weight_decay` or `low_memory`.
@@ -58,10 +64,12 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         loss_weights: Constant factors of the losses, one per task. On shared parameters AdaTask cancels them.
         loss_scale: "natural" units of regression losses, or "standardised": divided by the targets' variance.
         weighting: "equal", "uncertainty" (UW), "dwa", "rlw", "imtl_l", "famo" or "gradnorm".
-        weighting_options: Further arguments of the weighting.
+        weighting_options: Further arguments of the weighting: `initial` (uncertainty, imtl_l), `temperature` (dwa),
+            `seed` (rlw), `lr`, `gamma` and `min_losses` (famo), `alpha` and `lr` (gradnorm).
         weighting_lr: Learning rate of the weighting's own parameters.
         aggregator: None, "pcgrad", "gradvac", "mgda", "cagrad", "imtl_g", "nash_mtl", "aligned_mtl" or "upgrad".
-        aggregator_options: Further arguments of the aggregator.
+        aggregator_options: Further arguments of the aggregator: `seed` (pcgrad), `beta` and `seed` (gradvac),
+            `normalize` (mgda), `c` and `rescale` (cagrad), `scale_mode` (aligned_mtl).
         compose: Where the aggregator works with "adatask": "pre" on the gradients, "post" on the updates; by default
             "pre" for those that change gradients and "post" for those that weigh them.
         backward_mode: How gradients by task are computed: "loop", "cut" or "batched".
@@ -110,13 +118,17 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         self.specs = task_specs(tasks)
         tasks = [spec.as_dict() for spec in self.specs]
         self.save_hyperparameters()
-        for name, value, allowed in (
-            ("clip_mode", clip_mode, CLIP_MODES),
-            ("select", select, ("best", "last")),
-            ("optimizer", optimizer, OPTIMIZERS),
+        check_training(
+            optimizer, clip_mode=clip_mode, backward_mode=backward_mode, select=select, lr_step_epochs=lr_step_epochs
+        )
+        for name, there in (
+            ("rule", rule != "adam"),
+            ("reduction", reduction != "sum"),
+            ("task_weights", task_weights is not None),
+            ("compose", compose is not None),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+            if there and optimizer != "adatask":
+                raise ValueError(f"{name} belongs to optimizer='adatask', not to {optimizer!r}")
         self.task_names = [spec.name for spec in self.specs]
         outputs = {spec.name: spec.num_outputs for spec in self.specs}
         self.backbone = build_backbone(
@@ -127,8 +139,7 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
             in_channels=in_channels,
             **(backbone_options or {}),
         )
-        if loss_weights is not None and len(loss_weights) != len(self.specs):
-            raise ValueError(f"loss_weights has {len(loss_weights)} values for {len(self.specs)} tasks")
+        check_by_task(self.task_names, loss_weights, baseline)
         if optimizer == "adatask" and any(weight != 1 for weight in loss_weights or []):
             rank_zero_warn(
                 f"loss_weights={loss_weights} are cancelled by AdaTask's normalisation on shared parameters: use "
@@ -140,6 +151,8 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         self.compose = compose or ("pre" if aggregator is None else default_compose(aggregator))
         self.backward_mode, self.clip_mode, self.select, self.baseline = backward_mode, clip_mode, select, baseline
         self.optimizer_name, self.lr, self.weighting_lr = optimizer, lr, weighting_lr
+        if self.needs_gradient_norms and (optimizer_options or {}).get("low_memory"):
+            raise ValueError("weighting='gradnorm' needs the gradients that low_memory does not keep")
         own = {"rule": rule, "reduction": reduction, "task_weights": task_weights} if optimizer == "adatask" else {}
         self.optimizer_options = {**own, **(optimizer_options or {})}
         self.joint_parameters = joint_parameters
@@ -147,7 +160,7 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict({s.name: TaskMetrics(s) for s in self.specs}) for stage in ("val", "test")}
         )
-        self.train_losses = nn.ModuleDict({name: MeanMetric() for name in self.task_names})
+        self.train_losses = nn.ModuleDict({name: MeanLoss() for name in self.task_names})
         self._last_batch: TaskBatch | None = None
         self._predictions = PredictionFile(self)
         self.configure_optimizers()  # an option that does not fit is refused before any data is read
@@ -184,12 +197,14 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         found = self._run(batch)
         losses, counts = self._losses_of(batch, found.outputs)
         for name, loss, count in zip(self.task_names, losses, counts, strict=True):
-            self._train_loss(name).update(loss.detach(), weight=count)
+            self._train_loss(name).update(loss, count)
         self._last_batch = batch
         # Waiting for the counts costs a synchronisation, so only where labels can be missing.
         present = [count > 0 for count in counts.tolist()] if batch.masks else [True] * len(self.specs)
         weighted = self._weighted(losses, counts, present)
-        total = self.joint_loss(dict(zip(self.task_names, weighted, strict=True)), counts, found.features)
+        # Without a need for separate gradients a monitor must see what is stepped with; low_memory cannot average.
+        labels = counts if self.separates and not self.optimizer_options.get("low_memory") else None
+        total = self.joint_loss(dict(zip(self.task_names, weighted, strict=True)), labels, found.features)
         if total is not None:
             self.log("train/loss", total.detach(), batch_size=len(inputs_of(batch)[0]))
         return total
@@ -205,14 +220,14 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
             values.requires_grad_()
             own = self.weighting(values, totals > 0)
             (weights,) = torch.autograd.grad(own.sum(), values, retain_graph=True)
-        if not self._by_task():
+        if not self.separates:
             # DistributedDataParallel averages over processes, which may have unequally many labels.
             weights = weights * counts * self._world_size() / totals.clamp(min=1)
         factors = self.loss_weights or [1.0] * len(losses)
         learnt = any(True for _ in self.weighting.parameters())
         result: list[Tensor | None] = []
         for k, (loss, factor) in enumerate(zip(losses, factors, strict=True)):
-            if self._by_task() and not present[k]:
+            if self.separates and not present[k]:
                 result.append(None)
                 continue
             weighted = loss * (weights[k] * factor)
@@ -224,7 +239,7 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         factors = self.loss_weights or [1.0] * len(losses)
         values = torch.stack([loss.detach().float() * factor for loss, factor in zip(losses, factors, strict=True)])
         fixed = isinstance(self.weighting, (EqualWeighting, RandomLossWeighting, DynamicWeightAverage))
-        if self._world_size() == 1 or (fixed and self._by_task()):
+        if self._world_size() == 1 or (fixed and self.separates):
             return values, counts
         sums: Tensor = self.trainer.strategy.reduce(torch.cat([values * counts, counts]), reduce_op="sum")
         totals = sums[len(losses) :]
@@ -235,17 +250,23 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         super().backward(loss, *args, **kwargs)
         if self.needs_gradient_norms and not self.trainer.fit_loop._should_accumulate():
             gradients = self.task_gradients()
-            matrix = gradients.matrix(gradients.shared())
-            self.weighting.after_backward(matrix.float().norm(dim=1))
+            shared = gradients.shared()
+            if shared:
+                self.weighting.after_backward(gradients.matrix(shared).float().norm(dim=1))
 
     @property
     def needs_gradient_norms(self) -> bool:
         """Whether the weighting learns from the norms of the tasks' gradients."""
         return isinstance(self.weighting, GradNorm)
 
-    def _by_task(self) -> bool:
+    @property
+    def separates(self) -> bool:
+        """Whether the step itself depends on gradients by task."""
         by_task = self.optimizer_name in ("adatask", "mtadam") or self.aggregator is not None
-        return by_task or self.watch_tasks or self.needs_gradient_norms
+        return by_task or self.needs_gradient_norms
+
+    def _by_task(self) -> bool:
+        return self.separates or self.watch_tasks
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -262,9 +283,9 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
             self.weighting.after_step(self._over_processes(losses, counts)[0])
         self._last_batch = None
 
-    def _train_loss(self, name: str) -> MeanMetric:
+    def _train_loss(self, name: str) -> MeanLoss:
         metric = self.train_losses[name]
-        assert isinstance(metric, MeanMetric)
+        assert isinstance(metric, MeanLoss)
         return metric
 
     def _stage_metrics(self, stage: str) -> dict[str, TaskMetrics]:
@@ -277,7 +298,7 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         means = []
         for name in self.task_names:
             metric = self._train_loss(name)
-            value = metric.compute() if metric.update_count else torch.tensor(torch.nan, device=self.device)
+            value = metric.compute()
             means.append(value)
             self.log(f"train/loss/{name}", value)
             metric.reset()
@@ -330,19 +351,25 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
             self.log("test/delta_m", delta_m({name: values[name] for name in self.baseline}, self.baseline))
 
     def on_predict_start(self) -> None:
-        """Open `predictions.jsonl` in the run's folder (one file per process, if there are several)."""
-        self._predictions.open()
+        """Open `predictions.jsonl` in the run's folder (one file per process), if a task has one label a row."""
+        if any(spec.kind in ROW_KINDS for spec in self.specs):
+            self._predictions.open()
 
     def predict_step(self, batch: TaskBatch, batch_idx: int) -> dict[str, Tensor]:
         """Predictions by task: probabilities, classes or natural units (see `predictions.readable`).
 
-        Tasks with one label a row are also written as lines `{"row": ..., "<task>": ...}`.
+        Tasks with one label a row are also written as lines `{"row": ..., "<task>": ...}`, where `row` is the batch's
+        own number of the row (None in a batch that has none).
         """
-        found = {spec.name: readable(spec, self._run(batch).outputs[spec.name]) for spec in self.specs}
-        rows = {name: value.tolist() for name, value in found.items() if value.ndim < 3}
-        if rows:
-            count = len(next(iter(rows.values())))
-            self._predictions.write({name: column[i] for name, column in rows.items()} for i in range(count))
+        outputs = self._run(batch).outputs
+        found = {spec.name: readable(spec, outputs[spec.name]) for spec in self.specs}
+        columns = {spec.name: found[spec.name].tolist() for spec in self.specs if spec.kind in ROW_KINDS}
+        if columns and self._predictions.is_open:
+            count, rows = len(next(iter(columns.values()))), getattr(batch, "rows", None)
+            names = [None] * count if rows is None else rows.tolist()
+            self._predictions.write(
+                {"row": names[i], **{name: column[i] for name, column in columns.items()}} for i in range(count)
+            )
         return found
 
     def on_predict_end(self) -> None:
@@ -357,20 +384,20 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
         for name in self.task_names:
             metric = self._train_loss(name)
             with metric.sync_context(should_sync=self.trainer.world_size > 1):
-                sums = [metric.mean_value.detach().clone(), metric.weight.detach().clone()]
+                sums = [metric.total.clone(), metric.count.clone()]
             checkpoint["train_losses"][name] = sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
-        if isinstance(self.aggregator, (PCGrad, GradVac)):
+        if isinstance(self.aggregator, (PCGrad, GradVac)) and "aggregator" in checkpoint:
             self.aggregator.load_state_dict(checkpoint["aggregator"])
         # The sums are those of all processes; one of them goes on with them.
         if self._trainer is None or not self.trainer.is_global_zero:
             return
-        for name, (total, weight) in checkpoint.get("train_losses", {}).items():
+        for name, (total, count) in checkpoint.get("train_losses", {}).items():
             metric = self._train_loss(name)
-            metric.mean_value, metric.weight = total.to(self.device), weight.to(self.device)
-            metric._update_count = int(weight > 0)
+            metric.total, metric.count = total.to(self.device), count.to(self.device)
+            metric._update_count = int(count > 0)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with the weighting's parameters in a group of their own."""
@@ -391,8 +418,3 @@ class MultiTaskModule(TaskGradMixin, LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, self.lr_step_epochs, self.lr_gamma)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-
-def inputs_of(batch: TaskBatch) -> tuple[Tensor, ...]:
-    """What a backbone takes of a batch."""
-    return (batch.images,) if hasattr(batch, "images") else (batch.categories, batch.numbers)

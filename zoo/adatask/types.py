@@ -21,3 +21,8 @@ class TaskBatch(Protocol):
     @property
     def masks(self) -> dict[str, Tensor]: ...  # noqa: D102
     def __getattr__(self, name: str) -> Any: ...  # noqa: D105 - images, or categories, numbers and user_ids
+
+
+def inputs_of(batch: TaskBatch) -> tuple[Tensor, ...]:
+    """What a backbone takes of a batch."""
+    return (batch.images,) if hasattr(batch, "images") else (batch.categories, batch.numbers)

@@ -6,6 +6,7 @@ A weighting is a module: what it learns or remembers is in parameters, buffers a
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -165,9 +166,13 @@ def weighting(name: str, num_tasks: int, **options: Any) -> LossWeighting:
         options: Further keyword arguments of the class of that name.
 
     Raises:
-        ValueError: If the name is unknown or an option has an impossible value.
-        TypeError: If the class has no such option.
+        ValueError: If the name or an option is unknown, or has an impossible value.
     """
     if name not in _WEIGHTINGS:
         raise ValueError(f"unknown weighting {name!r}; known: {', '.join(_WEIGHTINGS)}")
-    return _WEIGHTINGS[name](num_tasks, **options)
+    home = _WEIGHTINGS[name]
+    accepted = inspect.signature(home).parameters.keys() - {"num_tasks"}
+    unknown = sorted(options.keys() - accepted)
+    if unknown:
+        raise ValueError(f"weighting {name!r} has no option {', '.join(unknown)}; it has: {sorted(accepted)}")
+    return home(num_tasks, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,16 +57,17 @@ def resolve_dimension(
             raise ValueError(f"{source}.{name} failed: {error}") from error
     if value is not None:
         value = plain(value, f"{source}.{name}")
-        if typed is not None and typed != value:
+        if typed is not None and not _same(typed, value):
             raise ValueError(
                 f"{flag} is {typed!r}, but {source} has {value!r}. Leave the option out: the data decides it."
             )
-        if trained is not None and trained != value:
+        if trained is not None and not _same(trained, value):
             raise ValueError(
                 f"the checkpoint was trained with {name} = {trained!r}, but {source} has {value!r}. Give the data it "
                 "was trained on; new data to test on has an option of its own (--data.test_path)."
             )
-        return value
+        # Statistics differ in their last digits with the number of threads; those of the training are the model's.
+        return value if trained is None else trained
     if typed is not None:
         return typed
     if trained is not None:
@@ -74,6 +76,17 @@ def resolve_dimension(
     if default is inspect.Parameter.empty:
         raise ValueError(f"{model.__name__} needs {name}, and {source} does not know it: give it with {flag}.")
     return default
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether two values agree, floating numbers up to the order of their summation."""
+    if isinstance(left, float) or isinstance(right, float):
+        return isinstance(left, (int, float)) and isinstance(right, (int, float)) and math.isclose(left, right)
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)
 
 
 def plain(value: Any, where: str) -> Any:

@@ -17,8 +17,8 @@ TRAINER_KEYS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gr
 """The Trainer's settings that change what a step computes; limits, devices and loggers do not make another run."""
 
 
-TESTING_KEYS = ("data.init_args.test_path",)
-"""Settings that decide what is tested on, and not what is trained."""
+TESTING_KEYS = tuple(f"data.init_args.{name}" for name in ("test_path", "eval_batch_size", "num_workers", "pin_memory"))
+"""Settings that decide what is tested on, and how data is loaded, and not what is trained."""
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from tests.zoo.adatask.problems import TwoHeads
-from zoo.adatask import AdaTask, TaskGradMixin
+from zoo.adatask import AdaTask, TaskGradMixin, aggregator
 
 ROWS = 64
 
@@ -271,3 +272,68 @@ def test_a_batch_without_any_label_is_left_out():
     fit(model, steps=-1, max_epochs=1)
     state = model.optimizers(use_pl_optimizer=False).state[model.net.trunk[0].weight]
     assert state["step"].tolist() == [ROWS // 16 - 1] * 3
+
+
+class LastUnlabelled(Model):
+    """No label in every second batch."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            return self.joint_loss({"0": None, "1": None, "2": None})
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_window_whose_last_batch_has_no_label_is_stepped_with_by_any_optimizer():
+    moved = []
+    for optimizer in (None, lambda parameters: torch.optim.Adam(parameters, lr=1e-2)):
+        model = LastUnlabelled(8, optimizer=optimizer)
+        model.aggregator = project if optimizer else None
+        fit(model, steps=2, accumulate_grad_batches=2)
+        moved.append(distance(model.net, TwoHeads()))
+    assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "cagrad"])
+def test_an_overflow_before_an_aggregator_is_left_to_the_scaler(name):
+    model = Model(16, dtype=torch.float32, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+    model.aggregator = aggregator(name)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1000)
+    fit(model, steps=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.get_scale() < 1e38
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+class Thawing(BaseFinetuning):
+    """Freezes the trunk for an epoch."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net.trunk)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.trunk, optimizer, lr=1e-2)
+
+
+def test_layers_that_thaw_during_a_fit_are_trained():
+    def trainable(parameters):
+        return torch.optim.Adam([p for p in parameters if p.requires_grad], lr=1e-2)
+
+    model = Model(16, optimizer=trainable)
+    model.watch_tasks = True
+    before = model.net.trunk[0].weight.detach().clone()
+    fit(model, steps=-1, max_epochs=2, callbacks=[Thawing()])
+    assert float((model.net.trunk[0].weight - before).detach().abs().max()) > 1e-3
+
+
+def test_the_mixin_must_stand_first():
+    with pytest.raises(TypeError, match="class Wrong: TaskGradMixin must stand before LightningModule"):
+        type("Wrong", (LightningModule, TaskGradMixin), {})
+
+
+def test_a_users_own_zero_grad_does_not_add_gradients_up():
+    class Own(Model):
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            for parameter in self.parameters():
+                parameter.grad = None
+
+    assert distance(fit(Own(16)), fit(Model(16))) == 0

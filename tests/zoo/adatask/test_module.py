@@ -11,6 +11,7 @@ from datamodules import ImageTaskData, TabularTaskData
 from datamodules.task_batches import TabularTaskBatch
 from tests.methods import COMMON
 from zoo.adatask import AdaTask, MTAdam, MultiTaskModule, TaskSpec, per_task_grads
+from zoo.adatask.metrics import score
 
 TASKS = [
     {"name": "click", "kind": "binary"},
@@ -141,6 +142,17 @@ def test_the_optimizer_is_built_by_name_with_its_options():
         ({"clip_mode": "sum"}, "clip_mode must be one of task, joint"),
         ({"select": "first"}, "select must be one of best, last"),
         ({"rule": "lion"}, "rule must be one of"),
+        ({"optimizer": "adam", "rule": "rmsprop"}, "rule belongs to optimizer='adatask', not to 'adam'"),
+        ({"optimizer": "adam", "task_weights": [1.0, 2.0]}, "task_weights belongs to optimizer='adatask'"),
+        ({"backward_mode": "both"}, "backward_mode must be one of loop, cut, batched"),
+        ({"loss_weights": [1.0, -1.0]}, "loss_weights must be positive"),
+        ({"lr_step_epochs": -1}, "lr_step_epochs must not be negative, got -1"),
+        ({"weighting_options": {"alpha": 1}}, "weighting 'equal' has no option alpha; it has"),
+        ({"joint_parameters": "("}, "joint_parameters='\\(' is no regular expression"),
+        (
+            {"weighting": "gradnorm", "optimizer_options": {"low_memory": True}},
+            "gradients that low_memory does not keep",
+        ),
         ({"optimizer": "mtadam", "aggregator": "pcgrad"}, "'mtadam' brings .* takes no aggregator"),
         ({"optimizer_options": {"low_memory": True}, "aggregator": "pcgrad"}, "no aggregator can see both"),
     ],
@@ -172,7 +184,8 @@ def test_predictions_are_written_row_by_row(run):
     (path,) = (cli.run_folder.parent).glob("*/predictions.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == 32
-    assert set(lines[0]) == {"task_1", "task_2"}
+    assert set(lines[0]) == {"row", "task_1", "task_2"}
+    assert [line["row"] for line in lines] == list(range(32))
     assert len(lines[0]["task_1"]) == 16
 
 
@@ -181,8 +194,10 @@ def test_a_baseline_gives_delta_m_and_an_unknown_metric_is_named(run, refused):
     metrics = cli.result["metrics"]
     expected = 100 * ((metrics["test/mse/task_1"] - 1) + (metrics["test/mse/task_2"] / 10000 - 1)) / 2
     assert metrics["test/delta_m"] == pytest.approx(expected, rel=1e-4)
-    message = refused(1, *TABULAR, "--model.baseline", "{mse/task_9: 1.0}")
-    assert "baseline has mse/task_9, the test has" in message
+    message = refused(2, *TABULAR, "--model.baseline", "{mse/task_9: 1.0}")
+    assert "baseline names 'mse/task_9', expected 'metric/task' of task_1, task_2" in message
+    message = refused(1, *TABULAR, "--model.baseline", "{auc/task_1: 1.0}")
+    assert "baseline has auc/task_1, the test has" in message
 
 
 def test_the_table_of_metrics_lies_with_the_run(run):
@@ -223,3 +238,41 @@ def test_a_module_is_usable_with_the_loaders_of_another_project(tmp_path):
     images = ImageTaskData(num_pairs=64, num_eval=32)
     model = MultiTaskModule(images.tasks, in_channels=images.in_channels, backbone="lenet")
     assert model(next(iter(images.test_dataloader())).images)["left"].shape == (32, 10)
+
+
+def test_low_memory_trains_like_the_default(run):
+    options = (*TABULAR, "--data.missing_fraction", "0.3")
+    one = run("fit", *options)
+    two = run("fit", *options, "--model.optimizer_options.low_memory", "true")
+    for left, right in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_monitor_changes_nothing_where_labels_are_missing(run):
+    options = (*TABULAR, "--model.optimizer", "adam", "--data.missing_fraction", "0.8", "--data.batch_size", "4")
+    one = run("fit", *options)
+    two = run("fit", *options, "--trainer.callbacks+=zoo.adatask.TaskDominanceMonitor")
+    for left, right in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize(
+    "options", [("--data.tasks", "[task_1]"), ("--data.missing_fraction", "0.85", "--data.batch_size", "4")]
+)
+def test_gradnorm_passes_over_steps_with_a_single_task(run, options):
+    cli = run("fit", *TABULAR, "--model.weighting", "gradnorm", "--model.optimizer", "adam", *options)
+    assert bool(cli.model.weighting.weights.isfinite().all())
+
+
+def test_gradnorm_forgets_a_step_that_overflowed():
+    weighting = module(weighting="gradnorm").weighting
+    weighting(torch.tensor([1.0, 2.0]))
+    weighting.after_backward(torch.tensor([torch.inf, 1.0]))
+    assert weighting.weights.tolist() == [1.0, 1.0]
+
+
+def test_a_task_without_a_score_leaves_the_choice_to_the_others():
+    model = module()
+    values = {"auc/click": torch.tensor(torch.nan), "r2/age": torch.tensor(0.5)}
+    assert float(score(values, model.specs)) == 0.5

@@ -84,7 +84,10 @@ def build_backbone(
     if has_table != (name in _TABLES):
         given = f"cardinalities={cardinalities} and num_numeric={num_numeric}"
         needs = "needs the columns of a table" if name in _TABLES else "takes images, not the columns of a table"
-        raise ValueError(f"backbone {name!r} {needs}, got {given}; backbones of tables are {', '.join(_TABLES)}")
+        raise ValueError(
+            f"backbone {name!r} {needs}, got {given}; backbones of tables are {', '.join(_TABLES)}, of images "
+            f"{', '.join(_IMAGES)}"
+        )
     data: dict[str, Any] = {"in_channels": in_channels}
     if name in _TABLES:
         data = {"cardinalities": list(cardinalities or ()), "num_numeric": num_numeric}
