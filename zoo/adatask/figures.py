@@ -33,7 +33,7 @@ def mean_matrix(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tupl
 def plot_dominance(
     means: Sequence[Sequence[float]], layers: Sequence[str], tasks: Sequence[str], title: str = "share of the updates"
 ) -> Figure:
-    """Heat map of mean rAU, layers x tasks, the first layer at the top; white is balance.
+    """Heat map of mean rAU, layers x tasks, the layers in the order of the module's parameters; white is balance.
 
     Args:
         means: A row per layer, a number or NaN per task.
