@@ -11,7 +11,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
-from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_uniform, mix, run_seed
+from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_uniform, mix, run_seed, training_sampler
 from datamodules.sources.dense_transforms import apply_crop_zoom_flip, draw_crop_zoom_flip
 from datamodules.sources.download import data_folder
 from datamodules.sources.image_task_sets import (
@@ -317,29 +317,13 @@ class ImageTaskData(LightningDataModule):
         return found
 
     def _loader(self, rows: ImageTaskRows, sampler: KeyedSampler) -> BatchLoader:
-        return BatchLoader(
-            rows,
-            sampler=sampler,
-            overfit_batch_size=sampler.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-        )
+        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""
         rows = ImageTaskRows(self._parts[0], self._kinds, self.augment, self._hidden)
-        sampler = KeyedSampler(len(rows), self.batch_size, shuffle=True, equal=True, seed=run_seed(self.seed))
-        if sampler.left_out:
-            log.info("%d of %d images are left out of each epoch, others each time, so that all processes have equal "
-                     "batches", sampler.left_out, len(rows))  # fmt: skip
-        if self.trainer is not None:
-            # Lightning tells the sampler its epoch only after it has made the first iterator. It reads
-            # `processed`, which right after an epoch's end is one ahead of `trainer.current_epoch`.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-            limit = self.trainer.limit_train_batches
-            limit = len(sampler) if limit is None else limit
-            sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
+        sampler = training_sampler(len(rows), self.batch_size, self.seed, self.trainer, "images")
         return self._loader(rows, sampler)
 
     def _eval_loader(self, table: ImageTable) -> BatchLoader:

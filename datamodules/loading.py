@@ -5,6 +5,7 @@ A `Dataset` for these loaders gathers a batch at once: `dataset[Draw(indices, ke
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sized
 
+    from lightning.pytorch import Trainer
+
+log = logging.getLogger(__name__)
 _MASK = (1 << 64) - 1
 
 
@@ -149,6 +153,32 @@ class KeyedSampler(DistributedSampler[Draw]):
             yield Draw(order[low:high], key)
 
 
+def training_sampler(
+    size: int, batch_size: int, seed: int | None, trainer: Trainer | None, unit: str = "rows"
+) -> KeyedSampler:
+    """The sampler of a training loader: a new order in every epoch, equal batches on all ranks.
+
+    Args:
+        size: Number of samples.
+        batch_size: Batch size of one process.
+        seed: Key of the order; by default the one of `seed_everything`.
+        trainer: The Trainer that the loader is for, if any: a resumed run starts in its epoch.
+        unit: What samples are called in the log.
+    """
+    sampler = KeyedSampler(size, batch_size, shuffle=True, equal=True, seed=run_seed(seed))
+    if sampler.left_out:
+        log.info("%d of %d %s are left out of each epoch, others each time, so that all processes have equal batches",
+                 sampler.left_out, size, unit)  # fmt: skip
+    if trainer is not None:
+        # Lightning tells the sampler its epoch only after it has made the first iterator. It reads `processed`,
+        # which right after an epoch's end is one ahead of `trainer.current_epoch`.
+        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        limit = len(sampler) if limit is None else limit
+        sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
+    return sampler
+
+
 def _as_is(batch: Any) -> Any:
     # A named function: worker processes must find it.
     return batch
@@ -163,7 +193,7 @@ class BatchLoader(DataLoader[Any]):
         dataset: Takes a `Draw` in `__getitem__` and returns a batch.
         sampler: Order and cut of the batches.
         overfit_batch_size: Batch size for `Trainer(overfit_batches=...)`, which puts a sequential sampler.
-        kwargs: Further arguments of `torch.utils.data.DataLoader`.
+        kwargs: Further arguments of `torch.utils.data.DataLoader`. Workers stay from epoch to epoch.
     """
 
     sampler: KeyedSampler
@@ -173,7 +203,8 @@ class BatchLoader(DataLoader[Any]):
     ) -> None:
         if isinstance(sampler, SequentialSampler):
             sampler = KeyedSampler(len(sampler), overfit_batch_size, equal=True)
-        given = {"batch_size": None, "collate_fn": _as_is, **kwargs}
+        given = {"batch_size": None, "collate_fn": _as_is, "persistent_workers": kwargs.get("num_workers", 0) > 0}
+        given |= kwargs
         super().__init__(dataset, sampler=sampler, **given)
         self._restored = (-1, 0)  # epoch, and batches of it that an earlier run has had
         self._epoch = sampler.epoch  # that of the newest iterator

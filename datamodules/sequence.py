@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, run_seed
+from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
 from datamodules.sequence_rows import HistoryRows, SequenceBatch, SequenceTable, TrainRows
 from datamodules.sources.interactions import (
     Interactions,
@@ -361,29 +361,13 @@ class SequenceData(LightningDataModule):
         )
 
     def _loader(self, rows: Dataset[SequenceBatch], sampler: KeyedSampler) -> BatchLoader:
-        return BatchLoader(
-            rows,
-            sampler=sampler,
-            overfit_batch_size=sampler.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-        )
+        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""
         rows = TrainRows(self.sequences, self.max_length, self.repeat_pad, self.repeat_separator)
-        sampler = KeyedSampler(len(rows), self.batch_size, shuffle=True, equal=True, seed=run_seed(self.seed))
-        if sampler.left_out:
-            log.info("%d of %d users are left out of each epoch, others each time, so that all processes have equal "
-                     "batches", sampler.left_out, len(rows))  # fmt: skip
-        if self.trainer is not None:
-            # Lightning tells the sampler its epoch only after it has made the first iterator. It reads
-            # `processed`, which right after an epoch's end is one ahead of `trainer.current_epoch`.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-            limit = self.trainer.limit_train_batches
-            limit = len(sampler) if limit is None else limit
-            sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
+        sampler = training_sampler(len(rows), self.batch_size, self.seed, self.trainer, "users")
         return self._loader(rows, sampler)
 
     def _eval_loader(self, stage: str) -> BatchLoader:

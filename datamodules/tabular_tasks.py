@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, run_seed
+from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
 from datamodules.sources.interactions import return_memory
 from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample, tenths
 from datamodules.sources.task_sets import SETS, read_set, set_columns
@@ -382,29 +382,13 @@ class TabularTaskData(LightningDataModule):
         return TaskRows(task_tensors(parsed, prepared.encoding), torch.arange(len(parsed.numbers)))
 
     def _loader(self, rows: TaskRows, sampler: KeyedSampler) -> BatchLoader:
-        return BatchLoader(
-            rows,
-            sampler=sampler,
-            overfit_batch_size=sampler.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-        )
+        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""
         rows = TaskRows(self._prepared.tensors, self._prepared.parts["train"])
-        sampler = KeyedSampler(len(rows), self.batch_size, shuffle=True, equal=True, seed=run_seed(self.seed))
-        if sampler.left_out:
-            log.info("%d of %d rows are left out of each epoch, others each time, so that all processes have equal "
-                     "batches", sampler.left_out, len(rows))  # fmt: skip
-        if self.trainer is not None:
-            # Lightning tells the sampler its epoch only after it has made the first iterator. It reads
-            # `processed`, which right after an epoch's end is one ahead of `trainer.current_epoch`.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-            limit = self.trainer.limit_train_batches
-            limit = len(sampler) if limit is None else limit
-            sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
+        sampler = training_sampler(len(rows), self.batch_size, self.seed, self.trainer)
         return self._loader(rows, sampler)
 
     def _eval_loader(self, rows: TaskRows) -> BatchLoader:
