@@ -70,6 +70,25 @@ def per_task_grads(
     return rows
 
 
+def scaled_grads(
+    losses: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    features: Tensor | Sequence[Tensor] | None,
+    mode: str,
+    scaler: torch.amp.GradScaler | None,
+) -> tuple[Rows, float | None]:
+    """`per_task_grads` of losses that a GradScaler, if there is one, has scaled.
+
+    Returns:
+        The scaled gradients, and the scale; None without a scaler.
+    """
+    if scaler is None:
+        return per_task_grads(losses, parameters, features, mode), None
+    scaler.scale(torch.zeros((), device=parameters[0].device))  # makes its scale, also where no loss is
+    scaled = [None if loss is None else scaler.scale(loss) for loss in losses]
+    return per_task_grads(scaled, parameters, features, mode), scaler.get_scale()
+
+
 def grad(
     outputs: Any, inputs: Sequence[Tensor], retain: bool, grad_outputs: Any = None, batched: bool = False
 ) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from zoo.adatask.gradients import check_losses, per_task_grads
+from zoo.adatask.gradients import check_losses, scaled_grads
 from zoo.adatask.optimizer import AdaTask
 from zoo.adatask.task_gradients import TaskGradients
 
@@ -208,15 +208,19 @@ class TaskGradMixin(_Base):
                 optimizer.backward(losses, features, self.backward_mode, counts, scaler)
             else:
                 self._accumulate(optimizer, losses, counts, features, scaler)
-        elif self._gradients is None and not isinstance(optimizer, AdaTask):
-            self._gradients = self._new_gradients(optimizer, list(losses))
+        elif not isinstance(optimizer, AdaTask):
+            self._own_gradients(optimizer, list(losses))
         if not self.trainer.fit_loop._should_accumulate():
             self._finish(optimizer, None if scaler is None else scaler.get_scale())
             self._finished = True
 
-    @staticmethod
-    def _new_gradients(optimizer: Optimizer, names: Sequence[str]) -> TaskGradients:
-        return TaskGradients.of_groups(optimizer.param_groups, names)
+    def _own_gradients(self, optimizer: Optimizer, names: Sequence[str]) -> TaskGradients:
+        """Where gradients by task are kept for an optimizer that does not keep them."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        # Groups may grow during a fit, as a frozen backbone thaws.
+        if self._gradients is None or count != len(self._gradients.parameters):
+            self._gradients = TaskGradients.of_groups(optimizer.param_groups, names)
+        return self._gradients
 
     def _accumulate(
         self,
@@ -226,18 +230,10 @@ class TaskGradMixin(_Base):
         features: Sequence[Tensor] | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        known = [p for group in optimizer.param_groups for p in group["params"]]
-        # Groups may grow during a fit, as a frozen backbone thaws.
-        if self._gradients is None or len(known) != len(self._gradients.parameters):
-            self._gradients = self._new_gradients(optimizer, list(losses))
-        gradients = self._gradients
+        gradients = self._own_gradients(optimizer, list(losses))
         ordered = check_losses(losses, gradients.names, "error" if scaler is None else "ignore")
         present = [loss is not None for loss in ordered]
-        factor = None
-        if scaler is not None:
-            ordered = [None if loss is None else scaler.scale(loss) for loss in ordered]
-            factor = scaler.get_scale()
-        rows = per_task_grads(ordered, gradients.parameters, features, self.backward_mode)
+        rows, factor = scaled_grads(ordered, gradients.parameters, features, self.backward_mode, scaler)
         gradients.accumulate(rows, present, counts, None if factor is None else 1 / factor)
 
     def _finish(self, optimizer: Optimizer, scale: float | None) -> None:

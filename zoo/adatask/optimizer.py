@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from zoo.adatask.composition import aggregate_gradients, aggregate_updates
-from zoo.adatask.gradients import check_losses, per_task_grads, task_names
+from zoo.adatask.gradients import check_losses, scaled_grads, task_names
 from zoo.adatask.options import check_group, check_options
 from zoo.adatask.rules import DEFAULT_EPS
 from zoo.adatask.slots import JOINT, Entry, Slots
@@ -218,13 +218,7 @@ class AdaTask(Optimizer):
                 )
             self.streaming.backward(ordered)
             return
-        factor = None
-        if scaler is not None:
-            if not any(present):
-                scaler.scale(torch.zeros((), device=self.gradients.parameters[0].device))  # makes its scale
-            ordered = [None if loss is None else scaler.scale(loss) for loss in ordered]
-            factor = scaler.get_scale()
-        rows = per_task_grads(ordered, self.gradients.parameters, features, mode)
+        rows, factor = scaled_grads(ordered, self.gradients.parameters, features, mode, scaler)
         for row in rows:
             for i, gradient in enumerate(row):
                 if gradient is not None:
