@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # For readers and type checkers.
+    from datamodules.classification_batches import ClassificationBatch  # noqa: F401
+    from datamodules.classification_tasks import ClassificationTasksData  # noqa: F401
     from datamodules.image_tasks import ImageTaskData  # noqa: F401
     from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
     from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
     from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
 
 DATAMODULES: dict[str, str] = {
+    "ClassificationTasksData": "datamodules.classification_tasks",
     "ImageTaskData": "datamodules.image_tasks",
     "SequenceData": "datamodules.sequence",
     "TabularTaskData": "datamodules.tabular_tasks",
@@ -23,6 +26,7 @@ DATAMODULES: dict[str, str] = {
 """The LightningDataModules, what `train.py --data` takes, and where each is defined."""
 
 BATCHES: dict[str, str] = {
+    "ClassificationBatch": "datamodules.classification_batches",
     "ImageTaskBatch": "datamodules.task_batches",
     "SequenceBatch": "datamodules.sequence",
     "SequenceTable": "datamodules.sequence",

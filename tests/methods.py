@@ -64,6 +64,22 @@ TASKS = ("--data.sample_rows", "192")
 MULTI_TASK = ("--model", "MultiTaskModule", "--data", "TabularTaskData")
 MISSING = ("--data.missing_fraction", "0.3")
 
+MERGING = (
+    "--config", str(CONFIGS / "merging" / "demo.yaml"),
+    "--model.recipe", "{pretrain_epochs: 2, pretrain_batch_size: 20, epochs: 2, batch_size: 32}",
+    "--model.encoder_options", "{kind: mlp, image_size: 20, hidden_size: 16, num_layers: 1, output_size: 24}",
+    "--data.steps_per_epoch", "6", "--data.max_images", "160",
+)  # fmt: skip
+"""Merges of five small experts, trained on the spot."""
+
+
+def merging(model: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a module that merges the experts of the demo."""
+    settings = ("--model.recipe", MERGING[3], "--model.encoder_options", MERGING[5])
+    data = ("--data", "ClassificationTasksData", "--data.stream", "test", "--data.pretrain_images", "100")
+    return ("--model", model, *settings, *data, *MERGING[6:], *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -87,6 +103,14 @@ METHODS = [
         ("--config", str(CONFIGS / "adatask" / "demo.yaml")),
         small=TASKS,
         figures=True,
+        tables=True,
+    ),
+    Method("AdaMerging", MERGING[:2], small=MERGING[2:], figures=True, tables=True),
+    Method("RepresentationSurgery", merging("RepresentationSurgery"), figures=True, tables=True),
+    Method(
+        "TaskExperts",
+        ("--model", "TaskExperts", "--model.mode", "separate", "--data", "ClassificationTasksData"),
+        small=(*MERGING[4:], "--data.validation_fraction", "0.2"),
         tables=True,
     ),
 ]
@@ -120,16 +144,30 @@ VARIANTS = [
             ("AdaTask, batched", ("--model.backward_mode", "batched", "--model.rule", "adagrad")),
         )
     ),
+    *(
+        Method(name, MERGING[:2], small=(*MERGING[2:], *options))
+        for name, options in (
+            ("AdaMerging++", ("--model.preprocess", "ties", "--model.batches_per_step", "2")),
+            ("AdaMerging by task", ("--model.granularity", "task", "--model.constraint", "project")),
+            ("AdaMerging to experts", ("--model.objective", "expert_kl", "--model.tau_dtype", "bfloat16")),
+        )
+    ),
+    Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
+    Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
 """Other settings of the methods above, for the batteries where these may matter."""
 
-POPULARITY = Method("Popularity", ("--model", "Popularity", "--data", "SequenceData"), small=SEQUENCES[:2])
-"""Has no weights and no optimizer, so no gradients to compare and no step to resume from."""
+UNTRAINED = [
+    Method("Popularity", ("--model", "Popularity", "--data", "SequenceData"), small=SEQUENCES[:2]),
+    Method("MergedClassifier", merging("MergedClassifier")),
+]
+"""Have no weights and no optimizer, so no gradients to compare and no step to resume from."""
 
 EMBEDDED: dict[str, tuple[str, ...]] = {
     "SequenceData": ("--data.source", "embedded", "--data.order", "auto"),
     "TabularTaskData": ("--data.source", "embedded", "--data.sample_categories", "2"),
     "ImageTaskData": ("--data.source", "embedded"),
+    "ClassificationTasksData": ("--data.source", "embedded"),
     "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""

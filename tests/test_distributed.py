@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.methods import METHODS, POPULARITY, TOY, VARIANTS, Method
+from tests.methods import METHODS, TOY, UNTRAINED, VARIANTS, Method
 
 TWO = ("--trainer.strategy", "ddp_fork", "--trainer.devices", "2")
 pytestmark = pytest.mark.filterwarnings("ignore:.*it is recommended to use `Trainer\\(devices=1")
@@ -23,7 +23,7 @@ def halved(method: Method) -> tuple[str, ...]:
     return ("--data.batch_size", str(method.batch_size // 2))
 
 
-@pytest.mark.parametrize("method", [*METHODS, POPULARITY], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS, *UNTRAINED], ids=lambda method: method.name)
 def test_two_processes_score_the_same_weights_alike(run, method: Method):
     one = run(*method.command, "--trainer.max_epochs", "1")
     path = next(path for name in ("best.ckpt", "last.ckpt") if (path := one.run_folder / name).exists())

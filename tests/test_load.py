@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils._pytree import tree_flatten
 
-from tests.methods import METHODS, POPULARITY, VARIANTS, Method
+from tests.methods import METHODS, UNTRAINED, VARIANTS, Method
 
 
-@pytest.mark.parametrize("method", [*METHODS, *VARIANTS, POPULARITY], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS, *VARIANTS, *UNTRAINED], ids=lambda method: method.name)
 def test_a_model_loaded_without_data_predicts_the_same(run, tmp_path, method: Method):
     cli = run("fit", *method.command, "--trainer.max_epochs", "1")
     loaded = type(cli.model).load_from_checkpoint(cli.run_folder / "last.ckpt")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.methods import METHODS, POPULARITY, VARIANTS, Method
+from tests.methods import METHODS, UNTRAINED, VARIANTS, Method
 
 
 @pytest.mark.parametrize("method", [*METHODS, *VARIANTS], ids=lambda method: method.name)
@@ -36,7 +36,7 @@ def test_bf16_mixed_is_close_to_fp32(run, tmp_path, method: Method):
     assert flat[1].norm() / flat[0].norm() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("method", [*METHODS, POPULARITY], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS, *UNTRAINED], ids=lambda method: method.name)
 def test_bf16_mixed_trains_and_its_weights_score_the_same_in_both_precisions(run, method: Method):
     cli = run(*method.command, "--trainer.precision", "bf16-mixed")
     assert all(parameter.dtype == torch.float32 for parameter in cli.model.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datamodules import SequenceData
-from tests.methods import METHODS, POPULARITY, Method
+from tests.methods import METHODS, UNTRAINED, Method
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zoo.common.cli import ZooCLI
 
 TOP_K = 7
-RECOMMENDERS = [method for method in (*METHODS, POPULARITY) if method.name in ("TiCoSeRec", "Popularity")]
+RECOMMENDERS = [method for method in (*METHODS, *UNTRAINED) if method.name in ("TiCoSeRec", "Popularity")]
 (TICOSEREC, *_) = RECOMMENDERS
 USERS = 96
 ONE_EPOCH = ("--trainer.max_epochs", "1", "--model.top_k", str(TOP_K))

@@ -25,6 +25,23 @@ if TYPE_CHECKING:
     from zoo.common.contrastive import info_nce as info_nce
     from zoo.common.contrastive import nt_xent as nt_xent
     from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
+    from zoo.merging.adamerging import AdaMerging as AdaMerging
+    from zoo.merging.deep_surgery import DeepSurgery as DeepSurgery
+    from zoo.merging.experts import TaskExperts as TaskExperts
+    from zoo.merging.fisher import fisher_merge as fisher_merge
+    from zoo.merging.merged_classifier import MergedClassifier as MergedClassifier
+    from zoo.merging.merged_model import MergedModel as MergedModel
+    from zoo.merging.mixins import EntropyAdaptation as EntropyAdaptation
+    from zoo.merging.one_shot import dare_merge as dare_merge
+    from zoo.merging.one_shot import task_arithmetic as task_arithmetic
+    from zoo.merging.one_shot import ties_merge as ties_merge
+    from zoo.merging.one_shot import weight_average as weight_average
+    from zoo.merging.regmean import regmean_merge as regmean_merge
+    from zoo.merging.representation_surgery import RepresentationSurgery as RepresentationSurgery
+    from zoo.merging.surgery import SurgeryBank as SurgeryBank
+    from zoo.merging.surgery import SurgeryModule as SurgeryModule
+    from zoo.merging.task_vectors import TaskVectorStore as TaskVectorStore
+    from zoo.merging.transforms import Ties as Ties
     from zoo.ticoserec.augment import TiAugmenter as TiAugmenter
     from zoo.ticoserec.augment import ViewPolicy as ViewPolicy
     from zoo.ticoserec.encoder import SASRecEncoder as SASRecEncoder
@@ -36,29 +53,46 @@ if TYPE_CHECKING:
     from zoo.ticoserec.similarity import ItemSimilarity as ItemSimilarity
 
 MODELS: dict[str, str] = {
+    "AdaMerging": "zoo.merging.adamerging",
     "CL4SRec": "zoo.ticoserec.siblings",
     "CoSeRec": "zoo.ticoserec.siblings",
+    "MergedClassifier": "zoo.merging.merged_classifier",
     "MultiTaskModule": "zoo.adatask.module",
     "Popularity": "zoo.ticoserec.popularity",
+    "RepresentationSurgery": "zoo.merging.representation_surgery",
     "SASRec": "zoo.ticoserec.sasrec",
+    "TaskExperts": "zoo.merging.experts",
     "TiCoSeRec": "zoo.ticoserec.module",
 }
 """The LightningModules, what `train.py --model` takes, and where each is defined."""
 
 PARTS: dict[str, str] = {
     "AdaTask": "zoo.adatask.optimizer",
+    "DeepSurgery": "zoo.merging.deep_surgery",
+    "EntropyAdaptation": "zoo.merging.mixins",
     "FullRankingMetrics": "zoo.common.ranking",
     "ItemSimilarity": "zoo.ticoserec.similarity",
     "MTAdam": "zoo.adatask.mtadam",
+    "MergedModel": "zoo.merging.merged_model",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "SurgeryBank": "zoo.merging.surgery",
+    "SurgeryModule": "zoo.merging.surgery",
     "TaskDominanceMonitor": "zoo.adatask.callbacks",
     "TaskGradMixin": "zoo.adatask.hooks",
+    "TaskVectorStore": "zoo.merging.task_vectors",
     "TiAugmenter": "zoo.ticoserec.augment",
+    "Ties": "zoo.merging.transforms",
     "ViewPolicy": "zoo.ticoserec.augment",
     "aggregator": "zoo.adatask.aggregators",
+    "dare_merge": "zoo.merging.one_shot",
     "delta_m": "zoo.adatask.delta_m",
+    "fisher_merge": "zoo.merging.fisher",
     "info_nce": "zoo.common.contrastive",
     "nt_xent": "zoo.common.contrastive",
+    "regmean_merge": "zoo.merging.regmean",
+    "task_arithmetic": "zoo.merging.one_shot",
+    "ties_merge": "zoo.merging.one_shot",
+    "weight_average": "zoo.merging.one_shot",
     "weighting": "zoo.adatask.weightings",
 }
 """Parts for use in any project, and where each is defined: plain torch, but for a mixin and a callback."""
