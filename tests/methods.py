@@ -167,7 +167,7 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
     "SequenceData": ("--data.source", "embedded", "--data.order", "auto"),
     "TabularTaskData": ("--data.source", "embedded", "--data.sample_categories", "2"),
     "ImageTaskData": ("--data.source", "embedded"),
-    "ClassificationTasksData": ("--data.source", "embedded"),
+    "ClassificationTasksData": ("--data.source", "embedded", "--data.seen_tasks", "null"),
     "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""
@@ -179,3 +179,18 @@ def embedded(data: Mapping[str, Any]) -> tuple[str, ...]:
     if data["init_args"]["source"] in ("cityscapes", "nyuv2", "camvid"):
         kind += " of pixels"
     return EMBEDDED[kind]
+
+
+# Forty million weights say no more about a config than some thousand.
+_SMALL_BACKBONES = {"mtan": ("--model.backbone_options", "{filters: [4, 8, 8, 16, 16]}")}
+
+
+def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that put something small in place of what a config's model would train or download."""
+    settings = model.get("init_args", {})
+    if model["class_path"] == "TaskExperts":
+        return MERGING[4:6]
+    if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):
+        none = (f"--model.{key}=null" for key in ("experts", "pretrained", "heads", "merge_tasks"))
+        return (*MERGING[2:6], "--data.pretrain_images", "100", *none)
+    return _SMALL_BACKBONES.get(settings.get("backbone"), ())

@@ -6,13 +6,11 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.methods import COMMON, embedded
+from tests.methods import COMMON, embedded, shortened
 
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 DEMOS = [path for path in CONFIGS if path.name == "demo.yaml"]
 LARGE = [path for path in CONFIGS if path.name != "demo.yaml"]
-# Forty million weights say no more about a config than some thousand.
-SMALL = {"mtan": ("--model.backbone_options", "{filters: [4, 8, 8, 16, 16]}")}
 
 
 def name_of(path):
@@ -39,10 +37,10 @@ def test_a_large_config_runs_on_the_embedded_sample(run, monkeypatch, path):
     monkeypatch.delenv("ZOO_DATA", raising=False)
     config = yaml.safe_load(path.read_text())
     settings = config["model"].get("init_args", {})
-    small = SMALL.get(settings.get("backbone"), ())
+    small = shortened(config["model"])
     cli = run("--config", str(path), *COMMON, *embedded(config["data"]), *small, "--trainer.fast_dev_run", "1")
     assert cli.trainer.callback_metrics
     for key, value in settings.items():
-        if f"--model.{key}" in small:
+        if any(argument.partition("=")[0] == f"--model.{key}" for argument in small):
             continue
         assert cli.config["run"]["model"]["init_args"][key] == value

@@ -43,7 +43,7 @@ def resize_and_crop(images: Sequence[Image], size: int = CLIP_SIZE) -> Tensor:
         width, height = image.size
         short = min(width, height)
         # The longer side is rounded down, as in CLIP's own code.
-        wide, tall = (size if side == short else int(size * side / short) for side in (width, height))
+        wide, tall = (int(size * side / short) for side in (width, height))
         resized = image.convert("RGB").resize((wide, tall), Image.Resampling.BICUBIC)
         left, top = (wide - size) // 2, (tall - size) // 2
         out[place] = np.asarray(resized.crop((left, top, left + size, top + size)))

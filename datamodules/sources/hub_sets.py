@@ -58,8 +58,6 @@ class HubTable:
             ValueError: If an image is missing or damaged; the message names its row.
         """
         rows = indices.tolist()
-        if not rows:
-            return torch.empty((0, self.size, self.size, 3), dtype=torch.uint8)
         try:
             images = self._dataset[rows][self._column]
         except (OSError, SyntaxError, ValueError):

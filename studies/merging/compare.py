@@ -1,4 +1,4 @@
-"""The table 'method x task': base, experts, joint training, every merge, AdaMerging, each merge with and without Surgery.
+"""The table 'method x task': base, experts, joint training, all merges, AdaMerging; with and without Surgery.
 
     python -m studies.merging.compare [--config configs/merging/eight_tasks.yaml] [--seeds 0 1 2] [--name eight_tasks]
 
@@ -44,6 +44,8 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "adamerging_block": {"granularity": "block"},
     "adamerging_project": {"granularity": "layer", "constraint": "project"},
 }
+SHARED = ("experts", "pretrained", "heads", "encoder", "encoder_options", "recipe", "merge_tasks", "exclude")
+"""Options of AdaMerging that the other modules have as well."""
 NOT_REPAIRED = ("pretrained", "individual", "joint")
 CLAIMS = ("average", "task_arithmetic", "ties", "adamerging_layer")
 """Bases of the published table of Surgery."""
@@ -61,6 +63,7 @@ class Comparison:
         methods: Rows to have; all by default.
         surgery_steps: Steps of Surgery's training.
         arguments: Further arguments of all commands.
+        kept_only: Whether rows that were not run before are left out.
     """
 
     def __init__(
@@ -71,72 +74,81 @@ class Comparison:
         methods: Sequence[str] | None = None,
         surgery_steps: int = 1000,
         arguments: Sequence[str] = (),
+        kept_only: bool = False,
     ) -> None:
+        self.kept_only = kept_only
         self.seed, self.folder, self.methods = seed, folder, methods
         self.surgery_steps, self.arguments = surgery_steps, list(arguments)
         self.settings = yaml.safe_load(config.read_text(encoding="utf-8"))
 
-    def _command(self, model: str, options: Mapping[str, Any], steps: int | None = None) -> Any:
+    def _content(self, model: str, options: Mapping[str, Any], steps: int | None = None) -> dict[str, Any]:
+        """The config of a row's command."""
         given = dict(self.settings["model"]["init_args"])
         if model != "AdaMerging":
             # The rest is AdaMerging's own.
-            shared = (
-                "experts",
-                "pretrained",
-                "heads",
-                "encoder",
-                "encoder_options",
-                "recipe",
-                "merge_tasks",
-                "exclude",
-            )
-            given = {key: value for key, value in given.items() if key in shared}
+            given = {key: value for key, value in given.items() if key in SHARED}
         content = dict(self.settings)
         content["model"] = {"class_path": model, "init_args": {**given, **options}}
         content["seed_everything"] = self.seed
         if steps is not None:
-            content["data"] = {
-                **content["data"],
-                "init_args": {**content["data"]["init_args"], "steps_per_epoch": steps},
-            }
+            data = content["data"]
+            content["data"] = {**data, "init_args": {**data["init_args"], "steps_per_epoch": steps}}
             content["trainer"] = {**content["trainer"], "max_epochs": 1}
+        return content
+
+    def _run(self, name: str, content: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Metrics, folder and record of a row's command: of an earlier run of the same one, if there is one."""
+        kept, command = self.folder / "rows" / f"{name}.json", {"config": content, "arguments": self.arguments}
+        if kept.exists():
+            done: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+            if done["command"] == json.loads(json.dumps(command)):
+                return done
+        if self.kept_only:
+            return None
+        started = time.perf_counter()
         path = self.folder / "command.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return run_config(
+        cli = run_config(
             [
                 "run", "--config", str(path), "--trainer.default_root_dir", str(self.folder / "runs"),
                 "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", *self.arguments,
             ]
         )  # fmt: skip
+        seconds = {"all": round(time.perf_counter() - started, 1)}
+        run = {"row": name, "seed": self.seed, "seconds": seconds, **peak_memory(), **environment()}
+        done = {"command": command, "metrics": metrics_of(cli), "folder": str(cli.run_folder), "run": run}
+        write_json(kept, done)
+        print(f"seed {self.seed}  {name:<28} {done['metrics']['test/acc/mean']:.4f}", flush=True)
+        return done
 
     def _wanted(self, name: str) -> bool:
         return self.methods is None or name in self.methods
 
-    def rows(self) -> Iterator[tuple[str, Row]]:
-        """Names of rows and their metrics."""
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names of rows, and what is kept of each: `metrics`, `folder` and `run`."""
         for name, (rule, options) in RULES.items():
             if not self._wanted(name) or (name == "joint" and not self._has_joint()):
                 continue
-            cli = self._command("MergedClassifier", {"rule": rule, "rule_options": options})
-            yield name, metrics_of(cli)
+            own = {"rule": rule, "rule_options": options}
+            if done := self._run(name, self._content("MergedClassifier", own)):
+                yield name, done
             if name not in NOT_REPAIRED:
-                yield self._repaired(name, {"base": rule, "base_options": options})
+                yield from self._repaired(name, {"base": rule, "base_options": options})
         for name, options in ADAPTED.items():
-            if not self._wanted(name):
-                continue
-            cli = self._command("AdaMerging", options)
-            yield name, metrics_of(cli)
-            coef = {"coef_path": str(cli.run_folder / "last.ckpt")}
-            yield self._repaired(name, {"base": "adamerging", "base_options": coef})
+            if self._wanted(name) and (done := self._run(name, self._content("AdaMerging", options))):
+                yield name, done
+                coef = {"coef_path": str(Path(done["folder"]) / "last.ckpt")}
+                yield from self._repaired(name, {"base": "adamerging", "base_options": coef})
 
     def _has_joint(self) -> bool:
         recipe = self.settings["model"]["init_args"].get("recipe") or {}
         return bool(recipe.get("joint_epochs"))
 
-    def _repaired(self, name: str, options: Mapping[str, Any]) -> tuple[str, Row]:
-        cli = self._command("RepresentationSurgery", options, self.surgery_steps)
-        return f"{name}_surgery", metrics_of(cli)
+    def _repaired(self, name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        content = self._content("RepresentationSurgery", options, self.surgery_steps)
+        if done := self._run(f"{name}_surgery", content):
+            yield f"{name}_surgery", done
 
 
 def metrics_of(cli: Any) -> Row:
@@ -145,12 +157,12 @@ def metrics_of(cli: Any) -> Row:
 
 
 def summarise(found: Mapping[int, Mapping[str, Row]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean, deviation and values over the seeds, by row and metric."""
+    """Mean, deviation and values over the seeds, by row and metric; a row that a seed lacks is that of the others."""
     summary: dict[str, dict[str, dict[str, Any]]] = {}
-    seeds = list(found)
-    for name, row in found[seeds[0]].items():
-        for metric in row:
-            values = [found[seed][name][metric] for seed in seeds]
+    for name in dict.fromkeys(name for rows in found.values() for name in rows):
+        rows = [rows[name] for rows in found.values() if name in rows]
+        for metric in rows[0]:
+            values = [row[metric] for row in rows]
             spread = statistics.stdev(values) if len(values) > 1 else None
             summary.setdefault(name, {})[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
     return summary
@@ -226,8 +238,9 @@ def compare(
     methods: Sequence[str] | None = None,
     surgery_steps: int = 1000,
     arguments: Sequence[str] = (),
+    kept_only: bool = False,
 ) -> dict[str, Any]:
-    """Run all rows for all seeds; seeds that were run before with the same settings are kept.
+    """Run all rows for all seeds; rows that were run before by the same command are kept.
 
     Args:
         config: A config of AdaMerging.
@@ -237,28 +250,15 @@ def compare(
         methods: Rows to have; all by default.
         surgery_steps: Steps of Surgery's training.
         arguments: Further arguments of all commands.
+        kept_only: Whether rows that were not run before are left out.
     """
-    key = [config.read_text(encoding="utf-8"), list(methods or []), surgery_steps, list(arguments)]
     found: dict[int, dict[str, Row]] = {}
     records = []
     for seed in seeds:
-        kept = folder / str(seed) / "rows.json"
-        done = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if done.get("key") != key:
-            started = time.perf_counter()
-            rows = {}
-            for row, metrics in Comparison(config, seed, kept.parent, methods, surgery_steps, arguments).rows():
-                rows[row] = metrics
-                print(f"seed {seed}  {row:<28} {metrics['test/acc/mean']:.4f}", flush=True)
-            seconds = {"all": round(time.perf_counter() - started, 1)}
-            done = {
-                "key": key,
-                "rows": rows,
-                "run": {"seed": seed, "seconds": seconds, **peak_memory(), **environment()},
-            }
-            write_json(kept, done)
-        found[seed] = done["rows"]
-        records.append(done["run"])
+        comparison = Comparison(config, seed, folder / str(seed), methods, surgery_steps, arguments, kept_only)
+        done = dict(comparison.rows())
+        found[seed] = {name: row["metrics"] for name, row in done.items()}
+        records += [row["run"] for row in done.values()]
     summary = summarise(found)
     return {
         "title": f"{name}: accuracy by method and task",
@@ -280,18 +280,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*RULES, *ADAPTED], help="rows to have; all by default")
     parser.add_argument("--surgery_steps", type=int, default=1000, help="steps of Surgery's training")
     parser.add_argument("--folder", type=Path, help="where runs and experts are kept; runs/compare/<name> by default")
+    parser.add_argument("--kept_only", action="store_true", help="leave out rows that were not run before")
     options, arguments = parser.parse_known_args()
     config = options.config.resolve()
     name = options.name or config.stem
     folder = options.folder or ROOT / "runs" / "compare" / name
-    content = compare(config, options.seeds, name, folder, options.methods, options.surgery_steps, arguments)
+    content = compare(
+        config, options.seeds, name, folder, options.methods, options.surgery_steps, arguments, options.kept_only
+    )
     write_json(ROOT / "results" / "merging" / f"{name}.json", content)
     picture(content["summary"], ROOT / "docs" / f"merging_{name}.png")
     show(content["summary"])
     for check in content["checks"]:
-        print(
-            f"{'holds' if check['holds'] else 'FAILS'}  {check['check']}: {check['left']:.4f} and {check['right']:.4f}"
-        )
+        verdict = "holds" if check["holds"] else "FAILS"
+        print(f"{verdict}  {check['check']}: {check['left']:.4f} and {check['right']:.4f}")
     if not all(check["holds"] for check in content["checks"]):
         raise SystemExit(1)
 

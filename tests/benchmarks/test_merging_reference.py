@@ -98,7 +98,7 @@ def test_memory_is_counted_in_float32_copies_of_the_parameters(monkeypatch: pyte
     assert record["copy_bytes"] == 4 * 2**23
     assert record["required_copies_at_most"] == pytest.approx(5.2)
     # Two copies of vectors, the base, the merged parameters and the gradient are there at the same time.
-    assert 4.5 < record["copies"] < 6
+    assert 4.9 < record["copies"] < 5.5
 
 
 @pytest.mark.parametrize("merge", list(ONE_SHOT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,7 +123,7 @@ def _from_checkpoint(file: Path) -> SavedCoefficients:
         raw = content["state_dict"]["coefficients_.raw"]
         names, settings = content["merging"], content["hyper_parameters"]
         coefficients = MergingCoefficients(raw.shape[0], raw.shape[1], constraint=settings["constraint"])
-    except (KeyError, RuntimeError, EOFError, TypeError) as error:
+    except (KeyError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} is no checkpoint of AdaMerging: {error!r}") from error
     coefficients.raw.data.copy_(raw)
     about = {key: settings.get(key) for key in _ABOUT}

@@ -17,7 +17,7 @@ from zoo.merging.evaluation import TaskEvaluation
 from zoo.merging.expert_folder import ExpertFolder, read_expert_folder
 from zoo.merging.features import FeatureFn, default_features
 from zoo.merging.finetune import prototype_heads
-from zoo.merging.heads import CosineHead, as_head, load_heads
+from zoo.merging.heads import CosineHead, as_head, check_head, load_heads
 from zoo.merging.merged_model import freeze
 from zoo.merging.recipe import Recipe, train_experts
 from zoo.merging.weights import open_weights
@@ -188,13 +188,7 @@ class ExpertModule(TaskEvaluation):
             raise ValueError(f"there is no head for {', '.join(missing)}: heads has {', '.join(given)}")
         built = {task: freeze(as_head(given[task])) for task in self.task_names}
         for task, head in built.items():
-            weight = getattr(head, "weight", None)
-            if not isinstance(weight, Tensor):
-                continue
-            if len(weight) != self.num_classes[task]:
-                raise ValueError(f"the head of {task} has {len(weight)} classes, the data {self.num_classes[task]}")
-            if dim is not None and weight.shape[1] != dim:
-                raise ValueError(f"the head of {task} takes {weight.shape[1]} features, the encoder gives {dim}")
+            check_head(task, head, self.num_classes[task], dim)
         return built
 
     def _prototypes(self, scale: float) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoo.merging.merged_model import find_prefix
-from zoo.merging.stream import VectorStream, _refuse_source
+from zoo.merging.stream import VectorStream, refuse_source
 from zoo.merging.weights import open_weights
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ExpertSources:
             for task, source in experts.items()
         }
         if out is not None:
-            _refuse_source(Path(out), [pretrained, *experts.values()])
+            refuse_source(Path(out), [pretrained, *experts.values()])
         selection["key_map"] = "none"
         self.stream = VectorStream(self.base, self._experts, out, **selection)
         self._model, self._prefix = model, find_prefix(model, self.stream.names)

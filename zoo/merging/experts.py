@@ -16,7 +16,7 @@ from zoo.merging.evaluation import TaskEvaluation
 from zoo.merging.expert_folder import write_expert_folder
 from zoo.merging.features import default_features
 from zoo.merging.finetune import WarmupCosine, build_optimizer, prototype_heads, task_losses
-from zoo.merging.heads import as_head, load_heads
+from zoo.merging.heads import as_head, check_head, load_heads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,6 +90,8 @@ class TaskExperts(TaskEvaluation):
         missing = [name for name in classes if name not in found]
         if missing:
             raise ValueError(f"{heads} has no head for {', '.join(missing)}: it has {', '.join(found)}")
+        for name, count in classes.items():
+            check_head(name, found[name], count, dim)
         return [found[name] for name in classes]
 
     def encoder_of(self, task: str) -> ImageEncoder:

@@ -147,8 +147,12 @@ def _draw_sources(axis: Axes, places: Mapping[str, Tensor], sources: Sequence[st
         place = sources.index(source)
         marker, size, filling = _MARKS[place % len(_MARKS)]
         colour = [palette(len(sources))[place]]
-        style = {"facecolors": "none", "edgecolors": colour} if filling == "hollow" else {"color": colour}
-        dots[source] = axis.scatter(*own.T.numpy(), s=size, marker=marker, alpha=0.7, linewidths=0.9, **style)
+        style: dict[str, Any] = (
+            {"facecolors": "none", "edgecolors": colour} if filling == "hollow" else {"color": colour}
+        )
+        dots[source] = axis.scatter(
+            own[:, 0].numpy(), own[:, 1].numpy(), s=size, marker=marker, alpha=0.7, linewidths=0.9, **style
+        )
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_color("0.8")
     return dots

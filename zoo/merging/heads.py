@@ -201,6 +201,27 @@ def load_heads(path: str | Path) -> dict[str, nn.Module]:
     return heads
 
 
+def check_head(task: str, head: nn.Module, num_classes: int, dim: int | None) -> None:
+    """Refuse a head that does not fit the data or the encoder; one without a `weight` is not looked at.
+
+    Args:
+        task: Its task.
+        head: From features to logits.
+        num_classes: Classes of the task.
+        dim: Length of the encoder's features, where it is known.
+
+    Raises:
+        ValueError: If the head has other numbers.
+    """
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if len(weight) != num_classes:
+        raise ValueError(f"the head of {task} has {len(weight)} classes, the data {num_classes}")
+    if dim is not None and weight.shape[1] != dim:
+        raise ValueError(f"the head of {task} takes {weight.shape[1]} features, the encoder gives {dim}")
+
+
 def _frozen_weight(weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(

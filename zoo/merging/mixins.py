@@ -43,7 +43,7 @@ class EntropyAdaptation(_Base):
 
     task_names: Sequence[str] = ("all",)
     _history: dict[str, dict[str, list[tuple[int, float]]]] | None = None
-    _stages: dict[str, TaskScores] | None = None
+    _kept: dict[str, TaskScores] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an order of the bases in which Lightning's hooks hide those of the mixin."""
@@ -133,10 +133,10 @@ class EntropyAdaptation(_Base):
             log_figure(self, "adaptation", plot_adaptation(self.adaptation_history))
 
     def _log_scores(self, stage: str) -> dict[str, dict[str, float]]:
-        # Made here at the latest: a process without a batch takes part in the sums of the others.
-        scores = self._scores(stage)
-        found = scores.compute()
-        scores.reset()
+        # Made here at the latest: a process without a batch takes part in the sums of the others. Made anew each time:
+        # what is reset in the inference mode of `validate` could not be added to in that of a fit.
+        found = self._scores(stage).compute()
+        del self._stages[stage]
         for key, by_task in found.items():
             if by_task:
                 values = {**by_task, "mean": sum(by_task.values()) / len(by_task)}
@@ -144,13 +144,17 @@ class EntropyAdaptation(_Base):
                 self.log_dict({f"{stage}/{key}/{t}": v for t, v in values.items()}, sync_dist=True, batch_size=1)
         return found
 
+    @property
+    def _stages(self) -> dict[str, TaskScores]:
+        if self._kept is None:
+            self._kept = {}
+        return self._kept
+
     def _scores(self, stage: str) -> TaskScores:
-        if self._stages is None:
-            self._stages = {}
-        if stage not in self._stages:
-            self._stages[stage] = TaskScores(self.task_names)
         # In a plain dict, so that it is no part of the module; hence it is moved by hand.
-        return self._stages[stage].to(self.device)
+        if stage not in self._stages:
+            self._stages[stage] = TaskScores(self.task_names).to(self.device)
+        return self._stages[stage]
 
     def _task(self, task: str | None) -> str:
         names = list(self.task_names)

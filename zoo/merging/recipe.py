@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,12 +78,14 @@ class Recipe:
         if unknown:
             raise ValueError(f"recipe has no option {unknown[0]!r}: it has {', '.join(known)}")
         recipe = cls(**options)
-        for name in known:
-            value = getattr(recipe, name)
+        for field in fields(cls):
+            name, value = field.name, getattr(recipe, field.name)
             least = 0 if name in ("joint_epochs", "weight_decay", "warmup_steps", "pretrain_epochs") else None
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"recipe: {name} must be a number, got {value!r}")
-            if value < 0 or (least is None and value == 0):
+            if isinstance(field.default, int) and not isinstance(value, int):
+                raise ValueError(f"recipe: {name} must be a whole number, got {value}")
+            if not 0 <= value < math.inf or (least is None and value == 0):
                 raise ValueError(f"recipe: {name} must be {'positive' if least is None else 'at least 0'}, got {value}")
         return recipe
 
@@ -114,7 +117,7 @@ def train_experts(
         data: Labelled batches.
         recipe: Settings.
         tasks: The tasks; each gets an expert, and the base sees all.
-        seed: Of orders.
+        seed: Of what the network draws, such as dropout; the order of images is the data's own.
         feature_fn: Features of a batch.
         device: Where to train.
         progress: Whether to show a progress bar.

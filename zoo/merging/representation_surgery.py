@@ -17,7 +17,7 @@ from zoo.merging.closed_form import LinearSurgery, ShiftSurgery
 from zoo.merging.deep_surgery import DeepSurgery
 from zoo.merging.feature_cache import FeatureCache, TargetCache, feature_pair, fingerprint_of
 from zoo.merging.features import without_labels
-from zoo.merging.merged_model import freeze
+from zoo.merging.merged_model import MergedModel, freeze
 from zoo.merging.merging_module import MergingModule, plain_hyperparameters
 from zoo.merging.rules import check_rule, merge_by_rule
 from zoo.merging.surgery import SurgeryBank, surgery_loss
@@ -40,8 +40,8 @@ class RepresentationSurgery(MergingModule):
     Args:
         base: The merge to repair: a rule of `RULES`, such as "average", "task_arithmetic", "ties" or "adamerging".
         base_options: Its options, such as `coef`, or `coef_path` for coefficients of AdaMerging.
-        merged: A merged encoder of one's own instead: a module with the encoder's architecture, or a file or state dict
-            with its weights.
+        merged: A merged encoder of one's own instead: a module with the encoder's architecture, a `MergedModel`, or
+            a file or state dict with its weights.
         surgery: "lowrank" (trained, the method), or a control in closed form: "linear" (least squares, of the rank
             given) or "shift" (subtracts the mean difference).
         depth: "last" repairs the final features; "all" repairs every block's output as well (SurgeryV2, arXiv
@@ -155,6 +155,8 @@ class RepresentationSurgery(MergingModule):
     def _merge(self) -> nn.Module:
         given = self._given[0]
         device = self.store.device
+        if isinstance(given, MergedModel):
+            return given.materialize().to(device)
         if isinstance(given, nn.Module):
             return copy.deepcopy(given).to(device)
         if given is not None:
@@ -169,6 +171,8 @@ class RepresentationSurgery(MergingModule):
     @property
     def merged_encoder(self) -> nn.Module:
         """The merged encoder, frozen; there from `setup` on."""
+        if not self._merged_encoder:
+            raise RuntimeError("the experts are merged in setup(): let a Trainer fit, test or predict first")
         return self._merged_encoder[0]
 
     def expert(self, task: str) -> nn.Module:
@@ -331,6 +335,8 @@ class RepresentationSurgery(MergingModule):
             bias.reset()
         self.log_dict({f"{stage}/bias_l1/{task}": value for task, value in values["after"].items()})
         self.log_dict({f"{stage}/bias_l1_before/{task}": value for task, value in values["before"].items()})
+        if not isinstance(self._cache, FeatureCache):
+            warn_nothing_to_repair({task: value for task, value in values["before"].items() if task != "mean"})
         if stage == "test" and values["before"]:
             self._draw(values)
         return found

@@ -126,7 +126,7 @@ def _joint(module: MergingModule) -> Mapping[str, Tensor]:
 
 def _with_coefficients(module: MergingModule, path: str) -> dict[str, Tensor]:
     saved = load_coefficients(path)
-    granularity = saved.about.get("granularity") or "layer"
+    granularity = saved.about.get("granularity", "layer")
     if not isinstance(granularity, str):
         raise ValueError(f"{path}: its layers were made by a function, which is not in the file; merge by the module")
     store = module.store.regrouped(granularity)

@@ -116,7 +116,7 @@ class VectorStream:
         self._memory: Tensor | None = None
         self._writer = None
         if out is not None:
-            _refuse_source(Path(out), [pretrained, *experts.values()])
+            refuse_source(Path(out), [pretrained, *experts.values()])
             self._writer = SafetensorsWriter(out, {name: (base.dtype(name), base.shape(name)) for name in base})
 
     def blocks(self) -> Iterator[tuple[str, Tensor]]:
@@ -282,7 +282,12 @@ def _flat(weights: Weights, name: str) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _refuse_source(out: Path, sources: Sequence[Source]) -> None:
+def refuse_source(out: Path, sources: Sequence[Source]) -> None:
+    """Refuse to write a result over a file that is still to be read.
+
+    Raises:
+        ValueError: If the result is one of the sources, or lies in one.
+    """
     if not out.exists():
         return
     for source in sources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ class TaskVectorStore:
             for row, weights in zip(tau, opened.values(), strict=True):
                 row[start:end] = weights.finite(name).flatten().to(theta0.dtype) - theta0[start:end]
             start = end
-        kept = {name: _kept(name, base, opened, buffers) for name in base if name not in shapes}
+        averaged = set(matched) if buffers == "average" else set()
+        kept = {name: _kept(name, base, opened, name in averaged) for name in base if name not in shapes}
         store = cls(
             theta0,
             tau,
@@ -413,9 +414,9 @@ class TaskVectorStore:
         return found.hexdigest()
 
 
-def _kept(name: str, base: Weights, experts: Mapping[str, Weights], buffers: str) -> Tensor:
+def _kept(name: str, base: Weights, experts: Mapping[str, Weights], average: bool) -> Tensor:
     own = base[name]
-    if buffers == "pretrained" or not is_statistic(name) or not own.is_floating_point():
+    if not average or not own.is_floating_point():
         return own
-    total: Any = sum(weights.finite(name).double() for weights in experts.values())
-    return (total / len(experts)).to(own.dtype)  # type: ignore[no-any-return]
+    total = torch.stack([weights.finite(name).double() for weights in experts.values()])
+    return total.mean(0).to(own.dtype)

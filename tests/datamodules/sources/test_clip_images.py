@@ -55,6 +55,7 @@ def test_bytes_of_the_right_size_are_only_normalised_and_others_resized_as_pictu
 
 
 def test_tensors_that_are_no_bytes_with_channels_last_are_refused() -> None:
-    for wrong in (torch.zeros(2, 8, 8, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)):
+    whole = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    for wrong in (whole.float(), whole.permute(0, 3, 1, 2), whole[0]):
         with pytest.raises(ValueError, match=r"expected uint8 \(images, height, width, 3\)"):
             clip_transform(wrong, 8)

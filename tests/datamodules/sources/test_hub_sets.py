@@ -248,13 +248,33 @@ def test_without_a_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pyt
         read_hub_set("ufldl-stanford/svhn", config="cropped_digits", cache_dir=tmp_path)
 
 
-def test_what_the_hub_says_of_a_wrong_split_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_the_configuration_and_what_it_says_of_a_wrong_split_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
     def load(*args: Any, **options: Any) -> None:
+        asked.append((args, options))
         raise ValueError(f'Unknown split "{options["split"]}". Should be one of ["train", "test"].')
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"a/b, configuration None, split 'val' cannot be read: Unknown split"):
-        read_hub_set("a/b", "val")
+    with pytest.raises(ValueError, match=r"a/b, configuration 'c', split 'val' cannot be read: Unknown split"):
+        read_hub_set("a/b", "val", config="c", cache_dir=tmp_path)
+    assert asked == [(("a/b", "c"), {"split": "val", "cache_dir": str(tmp_path)})]
+
+
+def test_a_task_is_read_by_the_configuration_columns_and_names_of_its_entry(tmp_path: Path) -> None:
+    for config, kinds in (("plain", [NAMES[label] for label in LABELS]), ("other", ["bee"] * 5)):
+        path = tmp_path / "mine" / config / "test.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"img": [png(image) for image in pictures()], "kind": kinds}), path)
+    hub = {"id": "a/b", "config": "plain", "splits": {"test": "test"}, "image_column": "img", "label_column": "kind"}
+    entry = {"note": "", "hub": hub, "templates": ["a {}."], "class_names": NAMES, "aliases": {}}
+    (tmp_path / "mine.json").write_text(json.dumps({"tasks": {"mine": entry}}))
+    sets = HubSets(8, root=tmp_path, prompts=tmp_path / "mine.json", cache_dir=tmp_path / "cache")
+    assert sets.table("mine", "test").labels.tolist() == LABELS
+    assert sets.table("mine", "test").class_names == NAMES
+    assert list((tmp_path / "cache").rglob("*.arrow"))
 
 
 def test_tasks_are_read_from_local_copies_with_the_names_of_their_prompts(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ CLASSES = {"a.b": 3, "keys": 2, "c": 4}
 
 TASKS = [{"name": name, "num_classes": count} for name, count in CLASSES.items()]
 QUIET = [
+    pytest.mark.usefixtures("quick"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*it is recommended to use `Trainer\\(devices=1"),
     pytest.mark.filterwarnings("ignore:.*logging interval.*"),
@@ -32,7 +33,7 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:.*sync_dist=True.*"),
     pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`"),
 ]
-"""What Lightning says of small runs without a validation."""
+"""Marks of tests of whole modules; the filters are for what Lightning says of small runs."""
 
 INPUTS, DIM, SIZE = 6, 5, 8
 
@@ -92,12 +93,12 @@ def rows(task: str, count: int = 24, labels: bool = True, seed: int = 0) -> list
 def stream(tasks: Any = CLASSES, batch_size: int = 8, labels: bool = True, seed: int = 0) -> CombinedLoader:
     """Batches `{task: {"pixel_values", "labels"}}`, of a new length for each task."""
     sizes = {task: 16 + 8 * number for number, task in enumerate(CLASSES)}
-    loaders = {task: DataLoader(rows(task, sizes[task], labels, seed), batch_size) for task in tasks}  # type: ignore[arg-type]
+    loaders = {task: DataLoader(rows(task, sizes[task], labels, seed), batch_size=batch_size) for task in tasks}  # type: ignore[arg-type]
     return CombinedLoader(loaders, "max_size_cycle")
 
 
 def task_loaders(tasks: Any = CLASSES, labels: bool = True) -> list[DataLoader[Any]]:
-    return [DataLoader(rows(task, 24, labels, 5), 10) for task in tasks]  # type: ignore[arg-type]
+    return [DataLoader(rows(task, 24, labels, 5), batch_size=10) for task in tasks]  # type: ignore[arg-type]
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:

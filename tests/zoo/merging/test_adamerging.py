@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.func import functional_call
 from torch.utils.data import DataLoader
@@ -48,19 +49,27 @@ def module(base=None, **options):
     return AdaMerging(TASKS, **{"experts": states(base), "pretrained": base, "heads": weights(), **options})
 
 
-class FirstStep(Callback):
-    """Keeps the coefficients and their gradient of the first optimizer step."""
+class Steps(Callback):
+    """Keeps the coefficients and their gradient of every optimizer step."""
+
+    def __init__(self):
+        self.raw, self.gradient = [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if not hasattr(self, "gradient"):
-            raw = pl_module.coefficients_.raw
-            self.raw, self.gradient = raw.detach().clone(), raw.grad.clone()
+        raw = pl_module.coefficients_.raw
+        self.raw.append(raw.detach().clone())
+        self.gradient.append(raw.grad.clone())
 
 
-def first_step(model, loader, folder, **options):
-    seen = FirstStep()
-    trainer(folder, max_steps=1, callbacks=[seen], **options).fit(model, loader)
-    return seen
+class Step(NamedTuple):
+    raw: Tensor
+    gradient: Tensor
+
+
+def first_step(model, loader, folder):
+    seen = Steps()
+    trainer(folder, max_steps=1, callbacks=[seen]).fit(model, loader)
+    return Step(seen.raw[0], seen.gradient[0])
 
 
 def batches(loader, count):
@@ -108,6 +117,18 @@ def test_the_gradient_is_that_of_the_summed_entropies_through_the_merge(tmp_path
     drawn = batches(stream(), batches_per_step)
     expected = expected_gradient(seen.raw, base, states(base), drawn, granularity=granularity)
     torch.testing.assert_close(seen.gradient.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batches_per_step", [1, 2])
+def test_every_step_has_the_gradient_of_its_own_batches_and_coefficients(tmp_path, batches_per_step):
+    base = net()
+    seen = Steps()
+    model = module(base, batches_per_step=batches_per_step, lr=0.05)
+    trainer(tmp_path, max_steps=2, callbacks=[seen]).fit(model, stream())
+    assert not torch.equal(*seen.raw)
+    drawn = batches(stream(), 2 * batches_per_step)[batches_per_step:]
+    expected = expected_gradient(seen.raw[1], base, states(base), drawn)
+    torch.testing.assert_close(seen.gradient[1].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("constraint", ["clamp", "project", "none", "sigmoid"])
@@ -193,7 +214,7 @@ def test_labels_in_the_stream_change_nothing_bit_for_bit(tmp_path):
             for number, row in enumerate(found):
                 if labels == "others":
                     row["labels"] = torch.tensor((number * 7) % CLASSES[task])
-            loaders[task] = DataLoader(found, 8)
+            loaders[task] = DataLoader(found, batch_size=8)
         model = module()
         trainer(tmp_path, max_steps=4).fit(model, CombinedLoader(loaders, "max_size_cycle"))
         results.append(model.coefficients_.raw.detach())
@@ -349,6 +370,19 @@ def test_a_checkpoint_predicts_the_same_without_data_and_refuses_other_experts(t
                                   ckpt_path=tmp_path / "run.ckpt")  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_checkpoint_that_is_loaded_into_a_merged_module_is_merged_anew(tmp_path, stage):
+    model = module(lr=0.5)
+    fit = trainer(tmp_path, max_steps=0)
+    fit.fit(model, stream())
+    fit.save_checkpoint(tmp_path / "start.ckpt")
+    expected = getattr(trainer(tmp_path), stage)(module(), task_loaders())
+    trainer(tmp_path, max_steps=3).fit(model, stream())
+    other = getattr(trainer(tmp_path), stage)(model, task_loaders())
+    again = getattr(trainer(tmp_path), stage)(model, task_loaders(), ckpt_path=tmp_path / "start.ckpt")
+    assert str(again) == str(expected) != str(other)
+
+
 def test_a_checkpoint_of_given_modules_is_loaded_with_these_modules(tmp_path):
     base = net()
     model = module(base)
@@ -392,6 +426,7 @@ def test_features_of_any_network_come_from_a_function(tmp_path):
             return {"hidden": hidden, "scores": self.classifier(hidden)}
 
     def features(model, batch):
+        assert "labels" not in batch
         return model(batch["left"], right=batch["right"])["hidden"]
 
     torch.manual_seed(0)
@@ -449,7 +484,7 @@ def test_a_part_of_an_expert_folder_is_merged_on_the_seen_tasks_of_the_data(tmp_
     assert {"val/acc/seen", "val/acc/unseen"} <= set(fit.callback_metrics)
 
 
-def test_the_run_leaves_coefficients_as_table_and_figure(tmp_path):
+def test_the_run_leaves_coefficients_as_table_and_figure(tmp_path, figures):
     model = module()
     trainer(tmp_path, max_steps=2).fit(model, stream())
     lines = (tmp_path / "tables/coefficients.jsonl").read_text().splitlines()

@@ -85,7 +85,7 @@ def test_tasks_must_be_there_and_differ(tasks, message):
 
 def test_a_head_for_other_features_than_the_encoder_gives_is_refused_with_both_numbers(tmp_path):
     folder = expert_folder(tmp_path / "experts")
-    with pytest.raises(ValueError, match="the head of a.b takes 5 features, the encoder gives 8"):
+    with pytest.raises(ValueError, match=r"the head of a.b takes 5 features, the encoder gives 8"):
         AdaMerging(TASKS, experts=str(folder.root), heads=weights())
     # Of a network without a `dim` it shows in the first batch.
     model = module(heads=weights(7))
@@ -103,7 +103,7 @@ def changed(name, change):
     ("experts", "messages"),
     [
         (changed("out.bias", without), ["keys", "out.bias", "missing"]),
-        (changed("out.bias", lambda s, n: {**s, n: torch.ones(9)}), ["keys", "out.bias", r"\(9,\)", r"\(5,\)", "exclude"]),
+        (changed("out.bias", lambda s, n: {**s, n: torch.ones(9)}), ["keys", "out.bias", r"\(9,\)", r"\(5,\)"]),
         (changed("stem.weight", lambda s, n: {**s, n: s[n] * torch.nan}), ["keys", "stem.weight", "NaN"]),
         (changed("stem.weight", lambda s, n: {**s, n: s[n] / 0}), ["keys", "stem.weight", "infinite"]),
     ],
@@ -134,9 +134,9 @@ def test_whole_modules_in_a_pickle_are_refused_with_the_way_to_save_a_state_dict
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"gone.safetensors"):
         module(experts={**states(net()), "c": str(tmp_path / "gone.safetensors")}).open_experts()
-    with pytest.raises(FileNotFoundError, match="is no folder of experts: experts.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"is no folder of experts: experts.json is missing"):
         AdaMerging(TASKS, experts=str(tmp_path))
 
 
@@ -147,7 +147,7 @@ def test_experts_that_are_far_equal_or_the_base_are_warned_of():
         module(base, experts={**near, "c": moved(base, 1, 3.0)}).open_experts()
     with pytest.warns(UserWarning, match="expert c equals the pre-trained model"):
         module(base, experts={**near, "c": copy.deepcopy(base)}).open_experts()
-    with pytest.warns(UserWarning, match="experts a.b and c are identical"):
+    with pytest.warns(UserWarning, match=r"experts a.b and c are identical"):
         module(base, experts={**near, "c": near["a.b"]}).open_experts()
 
 
@@ -187,8 +187,11 @@ def test_logits_without_an_entropy_are_refused(tmp_path, head, message):
     ("loader", "message"),
     [
         (stream(["a.b", "c"]), "the training batch has the tasks a.b, c, the merged experts are a.b, keys, c"),
-        (DataLoader(rows("c"), 8), "the training batch has the tasks pixel_values, labels, the merged experts are"),
-        (DataLoader([torch.ones(6)] * 4, 2), "must be a mapping from tasks to inputs, got Tensor: use"),
+        (
+            DataLoader(rows("c"), batch_size=8),
+            "the training batch has the tasks pixel_values, labels, the merged experts are",
+        ),
+        (DataLoader([torch.ones(6)] * 4, batch_size=2), "must be a mapping from tasks to inputs, got Tensor: use"),
     ],
     ids=["lacking", "one task", "tensor"],
 )
@@ -203,7 +206,7 @@ def test_a_stream_of_more_tasks_is_refused_with_the_option_that_cuts_it(tmp_path
 
 
 def test_a_batch_of_an_unknown_task_is_refused_in_evaluation(tmp_path):
-    with pytest.raises(ValueError, match="came from loader 3, the tasks are a.b, keys, c: give one loader per task"):
+    with pytest.raises(ValueError, match=r"came from loader 3, the tasks are a.b, keys, c: give one loader per task"):
         trainer(tmp_path).test(module(), [*task_loaders(), *task_loaders(["c"])], verbose=False)
 
 
@@ -218,7 +221,7 @@ def test_coefficients_for_other_layers_or_tasks_are_refused_by_name(tmp_path):
     save_coefficients(path, torch.ones(3, 4), layers, tasks)
     with pytest.raises(ValueError, match=r"shape \(3, 4\) for the 4 layers stem.weight, .* transposed: save coef.T"):
         module(coef_path=str(path))
-    with pytest.raises(FileNotFoundError, match="expected coefficients of AdaMerging.export_coefficients"):
+    with pytest.raises(FileNotFoundError, match=r"expected coefficients of AdaMerging.export_coefficients"):
         module(coef_path=str(tmp_path / "gone.safetensors"))
 
 
@@ -228,7 +231,7 @@ def test_half_precision_with_a_scaler_is_refused(tmp_path):
     model = module()
     model.trainer = fit
     fit.strategy.precision_plugin.precision = "16-mixed"
-    with pytest.raises(MisconfigurationException, match="precision=16-mixed: .* Use bf16-mixed or 32-true"):
+    with pytest.raises(MisconfigurationException, match=r"precision=16-mixed: .* Use bf16-mixed or 32-true"):
         model.setup("fit")
 
 
@@ -237,16 +240,13 @@ def test_strategies_that_shard_parameters_are_refused(tmp_path):
     model = module()
     model.trainer = fit
     fit._accelerator_connector.strategy = FSDPStrategy()
-    with pytest.raises(MisconfigurationException, match="FSDPStrategy cuts registered parameters .* Use ddp"):
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy cuts registered parameters .* Use ddp"):
         model.setup("fit")
 
 
-def test_too_small_a_stream_is_refused(tmp_path):
-    folder = expert_folder(tmp_path / "experts")
-    with pytest.raises(ValueError, match="has 2 images to draw from, fewer than the 8 .*adapt_fraction"):
-        trainer(tmp_path, max_steps=1).fit(
-            AdaMerging(TASKS, experts=str(folder.root)), datamodule=image_data(adapt_fraction=0.1)
-        )
+def test_too_small_a_stream_is_refused():
+    with pytest.raises(ValueError, match=r"has 2 images to draw from, fewer than the 8 .*adapt_fraction"):
+        image_data(adapt_fraction=0.1).train_loader(alone=True)
 
 
 def test_task_vectors_before_the_experts_are_read_are_refused_with_the_way_to_read_them():

@@ -196,7 +196,7 @@ def test_inspect_shows_norms_and_cosines(
 def test_inspect_groups_layers_and_keeps_long_names_whole(
     sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long = ".".join(["encoder[0]", *["very_long_name"] * 12])
+    long = ".".join(["encoder[bold]", *["very_long_name"] * 12])
     for name in ("base", "mnist", "svhn"):
         path = tmp_path / f"{name}.safetensors"
         save_file({**load_file(path), f"{long}.weight": torch.randn(2), f"{long}.bias": torch.randn(2)}, path)

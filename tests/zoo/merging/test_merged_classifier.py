@@ -137,7 +137,7 @@ def test_joint_is_the_encoder_of_the_folder_or_an_error(tmp_path):
     accuracies(model, image_data(), tmp_path)
     assert equal(model.export(), build_encoder(folder.joint).backbone.state_dict())
     model = MergedClassifier(TASKS, rule="joint", experts=str(expert_folder(tmp_path / "without").root))
-    with pytest.raises(ValueError, match="there is no encoder trained on all tasks.*joint_epochs"):
+    with pytest.raises(ValueError, match=r"there is no encoder trained on all tasks.*joint_epochs"):
         accuracies(model, image_data(), tmp_path)
 
 
@@ -186,7 +186,8 @@ def test_a_fit_ends_after_its_first_step_with_the_merge(tmp_path):
         build_encoder(folder.pretrained).backbone,
         {task: build_encoder(path).backbone for task, path in folder.experts.items()},
     )
-    assert equal(model.export(), expected.state_dict(0.3))
+    for name, tensor in expected.state_dict(0.3).items():
+        torch.testing.assert_close(model.export()[name], tensor)
     assert list(model.parameters()) == []
 
 

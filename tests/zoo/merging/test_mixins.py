@@ -151,6 +151,15 @@ def test_the_course_of_a_fit_is_kept_and_drawn(tmp_path, monkeypatch):
     assert [name.get_text() for name in figure.legends[0].get_texts()] == [*TASKS, "mean"]
 
 
+def test_a_validation_before_the_fit_is_the_start_of_its_course(tmp_path):
+    run, model = trainer(tmp_path), Model()
+    run.validate(model, verbose=False)
+    run.fit(model)
+    run.test(model, verbose=False)
+    assert [step for step, _ in model.adaptation_history["entropy"]["mnist"]] == [0, 3]
+    assert list(tmp_path.rglob("adaptation.png"))
+
+
 @pytest.mark.parametrize("options", [{"max_epochs": 1}, {"fast_dev_run": True}])
 def test_one_validation_makes_no_picture(options, tmp_path):
     trainer(tmp_path, **options).fit(Model())
