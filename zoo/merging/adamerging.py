@@ -44,7 +44,7 @@ class AdaMerging(MergingModule):
         entropy_norm: Whether to divide by the logarithm of the number of classes.
         lr: Adam's learning rate.
         betas: Adam's.
-        batches_per_step: Batches that a step averages over.
+        batches_per_step: Batches whose gradients a step adds up.
         coef_path: Coefficients to start from: a file of `export_coefficients`.
         sources: What is merged: the arguments of `MergingModule`.
 

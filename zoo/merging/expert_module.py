@@ -255,7 +255,8 @@ class ExpertModule(TaskEvaluation):
         fingerprints = [data.fingerprint(part) for part in ("pretrain", "finetune")]
         shape = {name: list(tensor.shape) for name, tensor in self.encoder.state_dict().items()}
         heads = [[list(head.weight.shape), float(head.scale)] for head in self.heads if isinstance(head, CosineHead)]
-        key = self.recipe.key(self.task_names, fingerprints, shape, heads, seed)
+        own = getattr(data, "seed", None)
+        key = self.recipe.key(self.task_names, fingerprints, shape, heads, seed, *([] if own is None else [own]))
         # Beside the folders of runs: later runs of any module find them there.
         places = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
         root = Path(places[0] if places else self.trainer.default_root_dir) / "experts" / key

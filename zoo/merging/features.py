@@ -47,6 +47,8 @@ def default_features(model: Callable[..., Any], batch: Any) -> Tensor:
     if isinstance(inputs, Mapping):
         if not inputs:
             raise ValueError(f"the batch is a mapping with no inputs (keys {', '.join(map(str, batch))})")
+        # Says which head the batch is for, not what is in it.
+        inputs = {name: value for name, value in inputs.items() if name != "task"}
         if len(inputs) == 1 and next(iter(inputs)) in _IMAGE_KEYS:
             return read_features(model(next(iter(inputs.values()))))
         return read_features(model(**inputs))

@@ -111,6 +111,7 @@ class RepresentationSurgery(MergingModule):
         self._merged_encoder: tuple[nn.Module, ...] = ()
         self._expert: tuple[str, nn.Module] | None = None
         self._cache: FeatureCache | TargetCache | None = None
+        self._seen: tuple[Tensor, Tensor]
         self._pictured: dict[str, dict[str, list[Tensor]]] = {}
 
     def _build_bank(self, bias: bool, activation: str) -> SurgeryBank | DeepSurgery:
@@ -300,14 +301,15 @@ class RepresentationSurgery(MergingModule):
 
     def task_logits(self, batch: Any, task: str) -> Tensor:
         """Logits `(batch, classes)` of the repaired features."""
-        logits: Tensor = self.head(task)(self.repaired(batch, task)[1])
+        self._seen = self.repaired(batch, task)
+        logits: Tensor = self.head(task)(self._seen[1])
         return logits
 
     def _evaluate(self, batch: Any, dataloader_idx: int, stage: str) -> Tensor:
         logits = super()._evaluate(batch, dataloader_idx, stage)
         task = self.task_of(batch, dataloader_idx)
         if task in self.merge_tasks:
-            z, z_hat = self.repaired(batch, task)
+            z, z_hat = self._seen
             with torch.no_grad():
                 z_ind = self.feature_fn(self.expert(task), without_labels(batch))
             for when, features in (("before", z), ("after", z_hat)):
