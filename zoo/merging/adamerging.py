@@ -136,7 +136,7 @@ class AdaMerging(MergingModule):
         losses = {task: self._task_loss(leaves, inputs, task) for task, inputs in batch.items()}
         self.log_dict({f"train/{self.objective.name}/{task}": loss for task, loss in losses.items()})
         mean = torch.stack(list(losses.values())).mean()
-        self.log(f"train/{self.objective.name}", mean, prog_bar=True)
+        self.log("train/loss", mean, prog_bar=True)
         last = (batch_idx + 1) % self.batches_per_step == 0
         if last or batch_idx + 1 == self.trainer.num_training_batches:
             self._step()

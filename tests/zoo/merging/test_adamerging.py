@@ -177,7 +177,7 @@ def test_the_entropy_is_divided_by_that_of_uniform_predictions_on_request(tmp_pa
     for task, classes in CLASSES.items():
         ratio = logged[False][f"train/entropy/{task}"] / logged[True][f"train/entropy/{task}"]
         assert ratio == pytest.approx(float(torch.tensor(float(classes)).log()), rel=1e-5)
-    assert logged[True]["train/entropy"] == pytest.approx(
+    assert logged[True]["train/loss"] == pytest.approx(
         sum(logged[True][f"train/entropy/{task}"] for task in CLASSES) / 3, rel=1e-5
     )
 
