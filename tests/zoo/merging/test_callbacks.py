@@ -271,9 +271,15 @@ def test_one_of_two_processes_writes_and_the_other_waits(sources, tmp_path):
             assert out.exists()
             (tmp_path / f"seen-{trainer.global_rank}").touch()
 
+    def merged(*arguments, **options):
+        (tmp_path / f"merges-{torch.distributed.get_rank()}").touch()
+        return task_arithmetic(*arguments, **options)
+
     writes = MergeOnFitEnd(*sources, out=out)
+    writes._merge = merged
     fit(Trained(), writes, Looks(), tmp_path=tmp_path, strategy="ddp_fork", devices=2)
-    assert len(list(tmp_path.glob("seen-*"))) == 2 and len(list(tmp_path.glob("merged*"))) == 1
+    found = sorted(path.name for path in tmp_path.glob("*-?"))
+    assert found == ["merges-0", "seen-0", "seen-1"] and len(list(tmp_path.glob("merged*"))) == 1
 
 
 def test_strategies_that_cut_parameters_are_refused(sources, tmp_path):

@@ -17,7 +17,7 @@ from zoo.merging import feature_callbacks
 from zoo.merging.feature_callbacks import RepresentationBiasCallback, TSNECallback
 
 TASKS = ["mnist", "svhn"]
-SIZES = {"mnist": 10, "svhn": 7}
+SIZES = {"mnist": 10, "svhn": 7, "unseen": 5}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -140,6 +140,7 @@ def test_a_fit_is_drawn_from_the_first_validation_to_the_last(tmp_path, drawn):
     assert float(run.callback_metrics["bias_l1/mnist"]) == pytest.approx(3.5)
     ((key, figure),) = drawn
     assert key == "bias_l1"
+    assert list(watch.state_dict()["first"]["biases"]) == TASKS
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights[0] == pytest.approx(0.5) and heights[3] == pytest.approx(3.5)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["step 0", "step 3"]
@@ -217,6 +218,17 @@ def test_without_a_field_the_loaders_are_those_of_the_experts(tmp_path):
         run.validate(Model(named=False), verbose=False)
 
 
+def test_a_mapping_tells_its_task_too(tmp_path):
+    class Mapped(Model):
+        def val_dataloader(self):
+            return DataLoader([{"x": images(task), "task": task} for task in reversed(TASKS)], batch_size=None)
+
+    watch = RepresentationBiasCallback(experts(), lambda model, batch: model(batch["x"]))
+    run = trainer(watch, tmp_path=tmp_path)
+    run.validate(Mapped(), verbose=False)
+    assert float(run.callback_metrics["bias_l1/svhn"]) == pytest.approx(bias("svhn", 0.5))
+
+
 def test_tasks_without_an_expert_are_left_out_and_said_once(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(feature_callbacks, "rank_zero_info", said.append)
@@ -232,17 +244,17 @@ def test_features_of_other_shapes_are_refused(tmp_path):
         trainer(watch, tmp_path=tmp_path).validate(Model(), verbose=False)
 
 
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler`")
-def test_two_processes_find_the_bias_of_one(tmp_path, drawn):
+# The second process has one of the tasks only, or none that has an expert.
+@pytest.mark.parametrize("others", [["svhn", "svhn"], ["unseen", "unseen"]], ids=["one task", "no task"])
+def test_two_processes_find_the_bias_of_one(others, tmp_path, drawn):
     class Saved(RepresentationBiasCallback):
         def on_validation_end(self, trainer, pl_module):
             found = {name: float(value) for name, value in trainer.callback_metrics.items()}
             torch.save(found, tmp_path / f"{trainer.global_rank}.pt")
 
     class Shifted(Model):
-        # The second process has one task only, and the tasks differ in size.
         def val_dataloader(self):
-            kept = self.tasks if self.trainer.global_rank == 0 else ["svhn", "svhn"]
+            kept = self.tasks if self.trainer.global_rank == 0 else others
             rows = [Rows(task) for task in kept]
             return [DataLoader(own, batch_size=4, collate_fn=own.collate) for own in rows]
 
@@ -300,9 +312,12 @@ def test_tsne_is_drawn_every_so_many_epochs_and_at_the_end(every, pictures, tmp_
     assert torch.allclose(embedded[-1]["mnist"]["merged"], images("mnist") + 4.5)
 
 
-def test_tsne_leaves_a_picture_and_a_fast_dev_run_none(tmp_path):
+def test_a_fast_dev_run_embeds_nothing(tmp_path, embedded):
     trainer(TSNECallback(experts()), tmp_path=tmp_path, fast_dev_run=True).fit(Model())
-    assert not list(tmp_path.rglob("*.png"))
+    assert not embedded
+
+
+def test_tsne_leaves_a_picture(tmp_path):
     trainer(TSNECallback(experts()), tmp_path=tmp_path).validate(Model(), verbose=False)
     assert [path.name for path in tmp_path.rglob("*.png")] == ["tsne.png"]
 
