@@ -42,8 +42,8 @@ class RepresentationBias(Metric):
         Raises:
             ValueError: If the shapes differ.
         """
-        self.total += _distance(z, z_ind)
-        self.count += z.numel()
+        self.total = self.total + _distance(z, z_ind)
+        self.count = self.count + z.numel()
 
     def compute(self) -> Tensor:
         """The mean, float64; NaN without an image."""
@@ -83,8 +83,9 @@ class TaskRepresentationBias(Metric):
         if task not in self.task_names:
             raise ValueError(f"unknown task {task!r}; the tasks are {self.task_names}")
         index = self.task_names.index(task)
-        self.totals[index] += _distance(z, z_ind)
-        self.counts[index] += z.numel()
+        place = torch.arange(len(self.task_names), device=self.totals.device) == index
+        self.totals = self.totals + place * _distance(z, z_ind)
+        self.counts = self.counts + place * z.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Values in float64 by task, NaN for a task without an image, and "mean" of the tasks that have images."""

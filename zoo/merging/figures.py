@@ -122,6 +122,7 @@ def plot_adaptation(
             lines["mean"] = _draw_curve(axis, mean, color="black", linewidth=2.0)
         axis.set_title(_PANELS.get(name, name), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         _plain_axis(axis)
     order = [name for name in (*tasks, "mean") if name in lines]
     figure.legend([lines[name] for name in order], order, loc="outside right center", fontsize=8, frameon=False)
@@ -160,7 +161,8 @@ def plot_bias(
         axis.bar(places, [pair[side] for pair in groups.values()], 0.36, color=colour, label=label)
     for place, (old, new) in enumerate(groups.values()):
         if old > 0 and math.isfinite(new / old):
-            text = f"{100 * (new / old - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+            change = round(100 * (new / old - 1))
+            text = f"{change:+d} %".replace("-", "\N{MINUS SIGN}") if change else "0 %"
             axis.annotate(
                 text, (place, max(old, new)), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=8
             )

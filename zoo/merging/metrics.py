@@ -34,8 +34,9 @@ class StrictAccuracy(Metric):
         """
         own = logits.gather(1, labels[:, None])
         right = ((logits >= own).sum(1) == 1) & logits.isfinite().all(1)
-        self.correct += right.sum()
-        self.total += len(labels)
+        self.correct = self.correct + right.sum()
+        # Not in place: states that an evaluation in inference mode made may not be written to by a fit.
+        self.total = self.total + len(labels)
 
     def compute(self) -> Tensor:
         """In [0, 1]; NaN without an input."""
@@ -57,8 +58,8 @@ class MeanEntropy(Metric):
     def update(self, logits: Tensor) -> None:
         """Add the entropies of `logits` `(batch, classes)`."""
         log_p = logits.float().log_softmax(1)
-        self.total += -(log_p.exp() * log_p).sum().double()
-        self.count += len(logits)
+        self.total = self.total - (log_p.exp() * log_p).sum().double()
+        self.count = self.count + len(logits)
 
     def compute(self) -> Tensor:
         """The mean; NaN without an input."""

@@ -149,15 +149,16 @@ def test_coefficients_of_another_shape_are_refused(shape, message):
 def test_adaptation_has_a_panel_for_each_quantity_and_a_curve_for_each_task():
     history = {
         "entropy": {"mnist": [(10, 0.5), (0, 1.0)], "svhn": [(0, 2.0), (10, 1.5), (20, 1.0)]},
-        "acc": {"mnist": [(0, 0.5)], "unseen": []},
+        "acc": {"mnist": [(0, 0.5), (3, 0.6)], "unseen": []},
     }
     figure = drawn(plot_adaptation(history))
     entropy, accuracy = figure.axes
     assert (entropy.get_title(), accuracy.get_title()) == ("entropy in nats", "accuracy")
     curves = [line.get_xydata().tolist() for line in entropy.lines]
     assert curves == [[[0, 1.0], [10, 0.5]], [[0, 2.0], [10, 1.5], [20, 1.0]], [[0, 1.5], [10, 1.0]]]
-    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[0, 0.5]]]
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[0, 0.5], [3, 0.6]]]
     assert entropy.lines[0].get_color() == accuracy.lines[0].get_color() != entropy.lines[1].get_color()
+    assert all(step == int(step) for step in accuracy.get_xticks())
     (legend,) = figure.legends
     assert names(legend.get_texts()) == ["mnist", "svhn", "mean"]
     assert legend.get_window_extent().x0 >= accuracy.get_window_extent().x1
@@ -190,6 +191,7 @@ def test_bias_has_a_pair_of_bars_for_each_task_and_for_the_mean():
 def test_bias_of_one_task_has_no_mean_and_of_nothing_no_change():
     axis = drawn(plot_bias({"mnist": 0.0}, {"mnist": 0.1})).axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0, 0.1] and not axis.texts
+    assert texts(plot_bias({"mnist": 1.0}, {"mnist": 0.999}).axes[0]) == ["0 %"]
 
 
 def test_biases_of_other_tasks_are_refused():
