@@ -170,13 +170,18 @@ def training_sampler(
         log.info("%d of %d %s are left out of each epoch, others each time, so that all processes have equal batches",
                  sampler.left_out, size, unit)  # fmt: skip
     if trainer is not None:
-        # Lightning tells the sampler its epoch only after it has made the first iterator. It reads `processed`,
-        # which right after an epoch's end is one ahead of `trainer.current_epoch`.
-        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        limit = len(sampler) if limit is None else limit
-        sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
+        follow(sampler, trainer)
     return sampler
+
+
+def follow(sampler: KeyedSampler, trainer: Trainer) -> None:
+    """Put a training sampler where its Trainer is: in the epoch of a resumed run, with the batches it will draw."""
+    # Lightning tells the sampler its epoch only after it has made the first iterator. It reads `processed`,
+    # which right after an epoch's end is one ahead of `trainer.current_epoch`.
+    sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    limit = len(sampler) if limit is None else limit
+    sampler.epoch_length = limit if isinstance(limit, int) else int(limit * len(sampler))
 
 
 def _as_is(batch: Any) -> Any:

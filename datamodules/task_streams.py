@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.classification_batches import ClassificationBatch
-from datamodules.loading import Draw, KeyedSampler, mix
+from datamodules.loading import Draw, KeyedSampler, follow, mix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -167,8 +167,5 @@ def step_sampler(steps: int, trainer: Trainer | None) -> StepSampler:
     """
     sampler = StepSampler(steps)
     if trainer is not None:
-        # Lightning tells the sampler its epoch only after it has made the first iterator: see `training_sampler`.
-        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        limit = steps if trainer.limit_train_batches is None else trainer.limit_train_batches
-        sampler.epoch_length = limit if isinstance(limit, int) else int(limit * steps)
+        follow(sampler, trainer)
     return sampler

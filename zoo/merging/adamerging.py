@@ -204,9 +204,7 @@ class AdaMerging(MergingModule):
         Args:
             path: File to write them to, as safetensors.
         """
-        if path is not None:
-            self.store.save(path, self.coefficients())
-        return self.store.state_dict(self.coefficients())
+        return self.exported(self.store.merge(self.coefficients()), path)
 
     def export_coefficients(self, path: str | Path) -> None:
         """Write the coefficients with the names of layers and tasks, as `coef_path` takes them."""

@@ -115,7 +115,8 @@ class ExpertModule(TaskEvaluation):
         own = self.encoder.backbone if isinstance(self.encoder, ImageEncoder) else self.encoder
         self._merged_part = (own,)
         self.prefix = "backbone." if isinstance(self.encoder, ImageEncoder) else ""
-        self.heads = nn.ModuleList(self._build_heads(heads, head_scale)[name] for name in self.task_names)
+        built = self._build_heads(heads, head_scale)
+        self.heads = nn.ModuleList(built[name] for name in self.task_names)
         self._zero_shot = isinstance(heads, str) and heads == "zero_shot"
 
     def _merged_tasks(self, chosen: list[str] | None) -> list[str]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from zoo.merging.calibration import evaluation
 from zoo.merging.features import default_features
-from zoo.merging.row_cache import RowCache, evaluating
+from zoo.merging.row_cache import RowCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -81,7 +82,7 @@ class FeatureCache(RowCache):
         def read(expert: nn.Module, batch: Any, where: str) -> tuple[Tensor, Tensor]:
             return feature_pair(merged, expert, batch, where, feature_fn)
 
-        with evaluating(merged):
+        with evaluation(merged):
             return self._build(
                 read, expert_of, batches, _extended(fingerprints, _name(feature_fn)), rows, device, sharded
             )

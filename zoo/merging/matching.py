@@ -84,6 +84,20 @@ def _filter(
     for pattern in left:
         if not any(map(pattern.search, (name for weights in (pretrained, *experts.values()) for name in weights))):
             warnings.warn(f"exclude={pattern.pattern!r} finds no name in any of the weights", stacklevel=4)
+    return name_filter(include, exclude)
+
+
+def name_filter(include: str | list[str] | None, exclude: str | list[str] | None) -> Callable[[str], bool]:
+    """Whether a name is chosen.
+
+    Args:
+        include: Regular expressions, searched in names; one of them must be found. All names, by default.
+        exclude: Regular expressions of which none may be found.
+
+    Raises:
+        ValueError: If one is no regular expression.
+    """
+    taken, left = _patterns("include", include), _patterns("exclude", exclude)
 
     def wanted(name: str) -> bool:
         found = not taken or any(pattern.search(name) for pattern in taken)

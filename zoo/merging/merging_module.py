@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,14 +11,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from zoo.merging.backbones import build_encoder
+from zoo.merging.calibration import with_weights
 from zoo.merging.expert_module import ExpertModule
 from zoo.merging.features import has_labels, without_labels
 from zoo.merging.layers import group
+from zoo.merging.matching import name_filter
 from zoo.merging.merged_model import find_prefix, prefixed
-from zoo.merging.safetensors_stream import SafetensorsWriter
 from zoo.merging.task_vectors import TaskVectorStore
 from zoo.merging.weights import open_weights
 
@@ -45,14 +44,8 @@ class MergingModule(ExpertModule):
         if self._store is not None:
             return self._store.layers
 
-        def listed(pattern: str | list[str] | None) -> list[str]:
-            return [pattern] if isinstance(pattern, str) else pattern or []
-
-        names = []
-        for name, _ in self._merged_part[0].named_parameters():
-            wanted = not self._include or any(re.search(pattern, name) for pattern in listed(self._include))
-            if wanted and not any(re.search(pattern, name) for pattern in listed(self._exclude)):
-                names.append(name)
+        wanted = name_filter(self._include, self._exclude)
+        names = [name for name, _ in self._merged_part[0].named_parameters() if wanted(name)]
         if not names:
             raise ValueError(f"no parameter is left to merge: include={self._include!r}, exclude={self._exclude!r}")
         return group(names, self._granularity)
@@ -158,8 +151,7 @@ class MergingModule(ExpertModule):
         Args:
             tensors: By name as in the store.
         """
-        renamed = prefixed(tensors, self.prefix)
-        return lambda *args, **kwargs: functional_call(self.encoder, renamed, args, kwargs)
+        return with_weights(self.encoder, prefixed(tensors, self.prefix))
 
     def logits_with(self, tensors: Mapping[str, Tensor], batch: Any, task: str) -> Tensor:
         """Logits `(batch, classes)` of a task with other weights; labels in the batch are not looked at."""
@@ -195,13 +187,9 @@ class MergingModule(ExpertModule):
             tensors: By name as in the store.
             path: File to write it to, as safetensors.
         """
-        state = self.store.complete(tensors)
         if path is not None:
-            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-            with SafetensorsWriter(path, layout, {"format": "pt"}) as writer:
-                for name, tensor in state.items():
-                    writer.write(name, tensor.cpu())
-        return state
+            self.store.write(path, tensors)
+        return self.store.complete(tensors)
 
     def calibration_batches(self) -> Mapping[str, Iterable[Any]]:
         """Inputs by task for merges that need some: those of the data's stream, or else of its training part.

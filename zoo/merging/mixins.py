@@ -133,10 +133,10 @@ class EntropyAdaptation(_Base):
             log_figure(self, "adaptation", plot_adaptation(self.adaptation_history))
 
     def _log_scores(self, stage: str) -> dict[str, dict[str, float]]:
-        # Made here at the latest: a process without a batch takes part in the sums of the others. Made anew each time:
-        # what is reset in the inference mode of `validate` could not be added to in that of a fit.
-        found = self._scores(stage).compute()
-        del self._stages[stage]
+        # Made here at the latest: a process without a batch takes part in the sums of the others.
+        scores = self._scores(stage)
+        found = scores.compute()
+        scores.reset()
         for key, by_task in found.items():
             if by_task:
                 values = {**by_task, "mean": sum(by_task.values()) / len(by_task)}

@@ -109,6 +109,7 @@ class RepresentationSurgery(MergingModule):
         self.biases = nn.ModuleDict({when: TaskRepresentationBias(self.merge_tasks) for when in ("before", "after")})
         self.automatic_optimization = surgery == "lowrank"
         self._merged_encoder: tuple[nn.Module, ...] = ()
+        self._merged_print: str | None = None
         self._expert: tuple[str, nn.Module] | None = None
         self._cache: FeatureCache | TargetCache | None = None
         self._seen: tuple[Tensor, Tensor]
@@ -184,7 +185,10 @@ class RepresentationSurgery(MergingModule):
         return self._expert[1]
 
     def _fingerprint(self) -> str:
-        return fingerprint_of(dict(self.merged_encoder.state_dict()))
+        # The merged encoder is frozen, and every checkpoint asks.
+        if self._merged_print is None:
+            self._merged_print = fingerprint_of(dict(self.merged_encoder.state_dict()))
+        return self._merged_print
 
     def _check_fingerprint(self) -> None:
         trained = self._trained_on.get("merged")
@@ -207,10 +211,10 @@ class RepresentationSurgery(MergingModule):
             )
         part = "train" if getattr(data, "stream", "none") == "none" else "stream"
         loaders = {task: data.eval_loader(task, part) for task in self.merge_tasks}
-        prints = {
-            task: fingerprint_of(self._fingerprint(), self.store.fingerprint(), data.fingerprint(part, task))
-            for task in self.merge_tasks
-        }
+        prints = None
+        if self.cache_dir is not None:
+            weights = (self._fingerprint(), self.store.fingerprint())
+            prints = {task: fingerprint_of(*weights, data.fingerprint(part, task)) for task in self.merge_tasks}
         common: dict[str, Any] = {
             "feature_fn": self.feature_fn,
             "fingerprints": prints,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zoo.merging.merged_model import MergedModel
+from zoo.merging.calibration import evaluation, map_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,7 +145,7 @@ class RowCache:
         seen = torch.zeros(0, dtype=torch.int64)
         parts: list[list[Tensor]] = []
         expert = expert_of(task)
-        with _moved(expert, device), evaluating(expert):
+        with _moved(expert, device), evaluation(expert):
             for index, batch in enumerate(batches):
                 where = f"task {task!r}, batch {index}"
                 rows = _rows_of(batch, where)
@@ -155,9 +155,9 @@ class RowCache:
                 if not len(fresh) or not (sharded or index % world == rank):
                     continue
                 if len(fresh) < len(rows):
-                    batch = _mapped(batch, partial(_chosen, fresh, len(rows)))
+                    batch = map_tensors(batch, partial(_chosen, fresh, len(rows)))
                 if device is not None:
-                    batch = _mapped(batch, partial(Tensor.to, device=device))
+                    batch = map_tensors(batch, partial(Tensor.to, device=device))
                 parts.append([rows[fresh], *(self._stored(value, where) for value in read(expert, batch, where))])
                 _check_shapes(parts, where)
         return [torch.cat(column) for column in zip(*parts, strict=True)], weakref.ref(expert)
@@ -206,26 +206,6 @@ class RowCache:
 
 
 @contextmanager
-def evaluating(*models: Callable[..., Any]) -> Iterator[None]:
-    """Networks in evaluation mode within a `with`; afterwards each of their modules has its own mode again.
-
-    Args:
-        models: Networks; what is none is left alone.
-    """
-    networks = [model.skeleton if isinstance(model, MergedModel) else model for model in models]
-    modes = [
-        (part, part.training) for network in networks if isinstance(network, nn.Module) for part in network.modules()
-    ]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
 def _moved(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
     """A model on a device within a `with`; one that its owner keeps goes back where it was."""
     home = next((parameter.device for parameter in model.parameters()), None)
@@ -251,17 +231,6 @@ def _rows_of(batch: Any, where: str) -> Tensor:
 
 def _described(field: Any) -> str:
     return f"{field.dtype} {tuple(field.shape)}" if isinstance(field, Tensor) else str(field)
-
-
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with its tensors changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {name: _mapped(field, change) for name, field in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(field, change) for field in batch))
-    return batch
 
 
 def _chosen(places: Tensor, length: int, field: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class VectorStream:
         Raises:
             ValueError: If a value is not finite.
         """
-        watch = _Watch(self.task_names) if self._read == 0 else None
+        watch = ExpertWatch(self.task_names) if self._read == 0 else None
         for name in self.names:
             base = _flat(self._base, name)
             block = self._block(base, base.dtype if whole else torch.float32)
@@ -246,15 +246,26 @@ class VectorStream:
             raise ValueError(f"merged values of {name} are outside the range of {kind}: take a smaller coefficient")
 
 
-class _Watch:
-    """Looks for experts that are equal to the base or each other, or far from the base."""
+class ExpertWatch:
+    """Looks for experts that are equal to the base or each other, or far from the base.
+
+    Args:
+        task_names: The K tasks.
+    """
 
     def __init__(self, task_names: Sequence[str]) -> None:
         self._tasks = task_names
         self._base, self._vectors = 0.0, torch.zeros(len(task_names), dtype=torch.float64)
         self._identical = set(combinations(range(len(task_names)), 2))
 
-    def see(self, base: Tensor, block: Tensor, whole: bool) -> None:
+    def see(self, base: Tensor, block: Tensor, whole: bool = False) -> None:
+        """Take in some parameters.
+
+        Args:
+            base: `(n,)`, of the base.
+            block: `(K, n)`, the task vectors.
+            whole: Whether `block` has the experts' parameters instead.
+        """
         for part in columns(block):
             piece = block[:, part] - base[part] if whole else block[:, part]
             self._base += float(torch.linalg.vector_norm(base[part])) ** 2
@@ -262,6 +273,7 @@ class _Watch:
             self._identical = {(j, k) for j, k in self._identical if torch.equal(piece[j], piece[k])}
 
     def warn(self) -> None:
+        """Warn of what was seen."""
         for task, square in zip(self._tasks, self._vectors.tolist(), strict=True):
             if square == 0:
                 warnings.warn(f"expert {task} equals the pre-trained model: its task vector is 0", stacklevel=3)

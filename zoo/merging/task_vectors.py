@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from zoo.merging.layers import LayerFn, group
 from zoo.merging.safetensors_stream import SafetensorsWriter
+from zoo.merging.stream import ExpertWatch
 from zoo.merging.vector_files import VectorFile
 from zoo.merging.weights import KeyMap, is_statistic, match_weights, open_weights
 
@@ -25,7 +25,6 @@ Coefficients = float | Tensor
 """A number for all, `(K,)` or `(1, K)` by task, or `(L, K)` by layer and task."""
 
 _CHUNK = 1 << 17
-_FAR = 1.0
 
 
 class TaskVectorStore:
@@ -170,24 +169,10 @@ class TaskVectorStore:
 
     def check(self) -> None:
         """Warn of experts that are equal to the base or to each other, or far from the base."""
-        gram = self._gram()
-        squares = gram.diagonal()
-        base = sum((self.theta0[part].double().square().sum() for _, part in self._pieces()), torch.zeros(())).cpu()
-        distances = squares[:, None] + squares[None, :] - 2 * gram
-        for k, task in enumerate(self.task_names):
-            if squares[k] == 0:
-                warnings.warn(f"expert {task} equals the pre-trained model: its task vector is 0", stacklevel=3)
-                continue
-            ratio = float((squares[k] / base).sqrt())
-            if ratio > _FAR:
-                warnings.warn(
-                    f"expert {task} is far from the pre-trained model: its task vector has {ratio:.3g} times the norm "
-                    "of the base. Was it fine-tuned from another base?",
-                    stacklevel=3,
-                )
-            for j in range(k):
-                if squares[j] > 0 and distances[k, j] <= 1e-12 * squares[k] and torch.equal(self.tau[k], self.tau[j]):
-                    warnings.warn(f"experts {self.task_names[j]} and {task} are identical", stacklevel=3)
+        watch = ExpertWatch(self.task_names)
+        for _, columns in self._pieces():
+            watch.see(self.theta0[columns], self._vectors(columns))
+        watch.warn()
 
     @property
     def num_parameters(self) -> int:
@@ -216,12 +201,18 @@ class TaskVectorStore:
             return self
         return self._with(tau, self.theta0.to(target))
 
-    def _with(self, tau: Tensor, theta0: Tensor | None = None) -> TaskVectorStore:
+    def _with(
+        self,
+        tau: Tensor,
+        theta0: Tensor | None = None,
+        task_names: Sequence[str] | None = None,
+        layers: Mapping[str, Sequence[str]] | None = None,
+    ) -> TaskVectorStore:
         return TaskVectorStore(
             self.theta0 if theta0 is None else theta0,
             tau,
-            self.task_names,
-            self.layers,
+            task_names or self.task_names,
+            layers or self.layers,
             self.shapes,
             names=self.names,
             kept=self.kept,
@@ -237,17 +228,7 @@ class TaskVectorStore:
         if ordered != self.param_names:
             columns = torch.cat([torch.arange(*self.ranges[name]) for name in ordered]).to(theta0.device)
             theta0, tau = theta0[columns], tau[:, columns.to(tau.device)]
-        return TaskVectorStore(
-            theta0,
-            tau,
-            self.task_names,
-            layers,
-            self.shapes,
-            names=self.names,
-            kept=self.kept,
-            dtypes=self.dtypes,
-            tied=self.tied,
-        )
+        return self._with(tau, theta0, layers=layers)
 
     def coefficients(self, coef: Coefficients) -> Tensor:
         """Coefficients in the form `(L, K)`, in the precision and on the device of the base.
@@ -345,11 +326,15 @@ class TaskVectorStore:
 
     def save(self, path: str | Path, coef: Coefficients) -> None:
         """Write `state_dict(coef)` as a safetensors file."""
-        merged = dict(self._all(self.merge(coef)))
-        types = {name: self.dtypes.get(self.tied.get(name, name), tensor.dtype) for name, tensor in merged.items()}
-        kinds = {name: (types[name], tuple(tensor.shape)) for name, tensor in merged.items()}
+        self.write(path, self.merge(coef))
+
+    def write(self, path: str | Path, merged: Mapping[str, Tensor]) -> None:
+        """Write `complete(merged)` as a safetensors file, one tensor in its own type at a time."""
+        tensors = dict(self._all(merged))
+        types = {name: self.dtypes.get(self.tied.get(name, name), tensor.dtype) for name, tensor in tensors.items()}
+        kinds = {name: (types[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
         with SafetensorsWriter(path, kinds, {"format": "pt"}) as writer:
-            for name, tensor in merged.items():
+            for name, tensor in tensors.items():
                 writer.write(name, tensor.detach().to("cpu", types[name]))
 
     def transform(self, transform: Transform) -> TaskVectorStore:
@@ -378,10 +363,7 @@ class TaskVectorStore:
         unknown = [task for task in tasks if task not in self.task_names]
         if unknown:
             raise ValueError(f"there is no expert {unknown[0]!r}: the tasks are {', '.join(self.task_names)}")
-        store = self._with(self.tau)
-        store.task_names = list(tasks)
-        store.tau = self.tau[[self.task_names.index(task) for task in tasks]]
-        return store
+        return self._with(self.tau[[self.task_names.index(task) for task in tasks]], task_names=tasks)
 
     def _gram(self) -> Tensor:
         gram = torch.zeros(len(self.task_names), len(self.task_names), dtype=torch.float64, device=self.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from datamodules import ClassificationTasksData
+from zoo.merging.adamerging import AdaMerging
 from zoo.merging.backbones import ImageEncoder, build_encoder
 from zoo.merging.expert_folder import ExpertFolder, write_expert_folder
 from zoo.merging.finetune import prototype_heads
@@ -74,6 +75,12 @@ def moved(module: nn.Module, seed: int, scale: float = 0.1) -> Any:
 def states(base: nn.Module, tasks: Any = CLASSES) -> dict[str, dict[str, Tensor]]:
     """State dicts of experts."""
     return {task: moved(base, 10 + number).state_dict() for number, task in enumerate(tasks)}
+
+
+def adamerging(base: nn.Module | None = None, **options: Any) -> AdaMerging:
+    """AdaMerging of experts of a network of someone else."""
+    base = base or net()
+    return AdaMerging(TASKS, **{"experts": states(base), "pretrained": base, "heads": weights(), **options})
 
 
 def weights(dim: int = DIM, classes: dict[str, int] = CLASSES) -> dict[str, Tensor]:

@@ -36,17 +36,13 @@ from tests.zoo.merging.small_experts import (
     trainer,
     weights,
 )
+from tests.zoo.merging.small_experts import adamerging as module
 from zoo.merging import AdaMerging, CosineHead, MergedClassifier, TaskVectorStore, Ties
 from zoo.merging.backbones import build_encoder
 from zoo.merging.layers import group
 from zoo.merging.one_shot import task_arithmetic
 
 pytestmark = QUIET
-
-
-def module(base=None, **options):
-    base = base or net()
-    return AdaMerging(TASKS, **{"experts": states(base), "pretrained": base, "heads": weights(), **options})
 
 
 class Steps(Callback):

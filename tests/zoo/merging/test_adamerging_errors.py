@@ -27,15 +27,11 @@ from tests.zoo.merging.small_experts import (
     trainer,
     weights,
 )
+from tests.zoo.merging.small_experts import adamerging as module
 from zoo.merging import AdaMerging
 from zoo.merging.coefficient_files import save_coefficients
 
 pytestmark = QUIET
-
-
-def module(base=None, **options):
-    base = base or net()
-    return AdaMerging(TASKS, **{"experts": states(base), "pretrained": base, "heads": weights(), **options})
 
 
 def without(mapping, *names):
