@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import NamedTuple
 
 import pytest
@@ -219,7 +220,8 @@ def test_labels_in_the_stream_change_nothing_bit_for_bit(tmp_path):
 
 
 def test_the_information_that_labels_are_dropped_comes_once_a_task(tmp_path, caplog):
-    trainer(tmp_path, max_steps=3).fit(module(), stream())
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, max_steps=3).fit(module(), stream())
     said = [record.message for record in caplog.records if "dropped" in record.message]
     assert said == [f"Labels in the batches of {t} are dropped: adaptation never looks at them." for t in CLASSES]
 
