@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # For readers and type checkers.
+    from datamodules.class_stream import ClassStreamData  # noqa: F401
+    from datamodules.class_stream_batches import EvalBatch, StreamBatch  # noqa: F401
     from datamodules.classification_batches import ClassificationBatch  # noqa: F401
     from datamodules.classification_tasks import ClassificationTasksData  # noqa: F401
     from datamodules.image_tasks import ImageTaskData  # noqa: F401
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
 
 DATAMODULES: dict[str, str] = {
+    "ClassStreamData": "datamodules.class_stream",
     "ClassificationTasksData": "datamodules.classification_tasks",
     "ImageTaskData": "datamodules.image_tasks",
     "SequenceData": "datamodules.sequence",
@@ -27,9 +30,11 @@ DATAMODULES: dict[str, str] = {
 
 BATCHES: dict[str, str] = {
     "ClassificationBatch": "datamodules.classification_batches",
+    "EvalBatch": "datamodules.class_stream_batches",
     "ImageTaskBatch": "datamodules.task_batches",
     "SequenceBatch": "datamodules.sequence",
     "SequenceTable": "datamodules.sequence",
+    "StreamBatch": "datamodules.class_stream_batches",
     "TabularTaskBatch": "datamodules.task_batches",
 }
 """What they hand to a model, and where each is defined."""

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from zoo.adatask.mtadam import MTAdam as MTAdam
     from zoo.adatask.optimizer import AdaTask as AdaTask
     from zoo.adatask.weightings import weighting as weighting
+    from zoo.api_cl.boxes import ModuleAPI as ModuleAPI
+    from zoo.api_cl.continual_metrics import ContinualMetrics as ContinualMetrics
+    from zoo.api_cl.http_box import HTTPAPI as HTTPAPI
+    from zoo.api_cl.ledger import QueryLedger as QueryLedger
+    from zoo.api_cl.memory import ReplayMemory as ReplayMemory
+    from zoo.api_cl.module import APIStreamCL as APIStreamCL
+    from zoo.api_cl.similarity import DebiasedCKA as DebiasedCKA
+    from zoo.api_cl.zeroth_order import ZerothOrderGradient as ZerothOrderGradient
     from zoo.common.contrastive import info_nce as info_nce
     from zoo.common.contrastive import nt_xent as nt_xent
     from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
@@ -53,6 +61,7 @@ if TYPE_CHECKING:
     from zoo.ticoserec.similarity import ItemSimilarity as ItemSimilarity
 
 MODELS: dict[str, str] = {
+    "APIStreamCL": "zoo.api_cl.module",
     "AdaMerging": "zoo.merging.adamerging",
     "CL4SRec": "zoo.ticoserec.siblings",
     "CoSeRec": "zoo.ticoserec.siblings",
@@ -68,12 +77,18 @@ MODELS: dict[str, str] = {
 
 PARTS: dict[str, str] = {
     "AdaTask": "zoo.adatask.optimizer",
+    "ContinualMetrics": "zoo.api_cl.continual_metrics",
+    "DebiasedCKA": "zoo.api_cl.similarity",
     "DeepSurgery": "zoo.merging.deep_surgery",
     "EntropyAdaptation": "zoo.merging.mixins",
     "FullRankingMetrics": "zoo.common.ranking",
+    "HTTPAPI": "zoo.api_cl.http_box",
     "ItemSimilarity": "zoo.ticoserec.similarity",
     "MTAdam": "zoo.adatask.mtadam",
     "MergedModel": "zoo.merging.merged_model",
+    "ModuleAPI": "zoo.api_cl.boxes",
+    "QueryLedger": "zoo.api_cl.ledger",
+    "ReplayMemory": "zoo.api_cl.memory",
     "SASRecEncoder": "zoo.ticoserec.encoder",
     "SurgeryBank": "zoo.merging.surgery",
     "SurgeryModule": "zoo.merging.surgery",
@@ -83,6 +98,7 @@ PARTS: dict[str, str] = {
     "TiAugmenter": "zoo.ticoserec.augment",
     "Ties": "zoo.merging.transforms",
     "ViewPolicy": "zoo.ticoserec.augment",
+    "ZerothOrderGradient": "zoo.api_cl.zeroth_order",
     "aggregator": "zoo.adatask.aggregators",
     "dare_merge": "zoo.merging.one_shot",
     "delta_m": "zoo.adatask.delta_m",

@@ -18,9 +18,11 @@ DIMENSIONS = (
     "vocab_size",
     "task_names",
     "tasks",
+    "task_classes",
     "cardinalities",
     "num_numeric",
     "in_channels",
+    "image_shape",
 )
 """Properties of a data module that are handed to the model's argument of the same name."""
 
@@ -90,7 +92,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A size as an `int`, and lists of sizes, names and descriptions as lists: what hyperparameters can hold.
+    """A size as an `int`, lists of sizes, of lists of sizes, of names, of descriptions: what hyperparameters can hold.
 
     A description is a mapping from names to numbers and texts, such as that of a task.
     """
@@ -100,6 +102,8 @@ def plain(value: Any, where: str) -> Any:
             if isinstance(item, Mapping)
             else item
             if isinstance(item, str)
+            else [_whole(number, f"{where}[{place}]") for number in item]
+            if isinstance(item, (list, tuple))
             else _whole(item, f"{where}[{place}]")
             for place, item in enumerate(value)
         ]

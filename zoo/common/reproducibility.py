@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def mix(*keys: int) -> int:
     """
     *leading, final = keys
     return int(mix_keys(*leading, torch.tensor(final))) & _MASK
+
+
+def run_seed(seed: int | None = None) -> int:
+    """The seed given, or else the one of Lightning's `seed_everything`, or else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 
 
 class StepSeed(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from zoo.common.reproducibility import run_seed
 from zoo.merging.backbones import ImageEncoder, build_encoder
 from zoo.merging.evaluation import TaskEvaluation
 from zoo.merging.expert_folder import ExpertFolder, read_expert_folder
@@ -252,7 +252,7 @@ class ExpertModule(TaskEvaluation):
                 "a recipe trains on the data module's labelled images: give the Trainer a ClassificationTasksData, or "
                 "give experts"
             )
-        seed = _seed()
+        seed = run_seed()
         fingerprints = [data.fingerprint(part) for part in ("pretrain", "finetune")]
         shape = {name: list(tensor.shape) for name, tensor in self.encoder.state_dict().items()}
         heads = [[list(head.weight.shape), float(head.scale)] for head in self.heads if isinstance(head, CosineHead)]
@@ -295,10 +295,6 @@ class ExpertModule(TaskEvaluation):
 
 def _backbone(source: Any) -> Any:
     return source.backbone if isinstance(source, ImageEncoder) else source
-
-
-def _seed() -> int:
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def _as_image_encoder(encoder: nn.Module) -> ImageEncoder:
