@@ -41,6 +41,7 @@ class APIBuilder:
         task_classes: By task, its global labels.
         image_shape: Channels, rows and columns.
         archs: Architectures of the APIs trained on the spot; taken in turn.
+        arch_options: By architecture, options of `build_classifier`, such as `{resnet18: {width: 16}}`.
         epochs: Epochs of such a training.
         lr: Highest learning rate of its Adam.
         options: What these local APIs imitate of a service: `decimals`, `topk`, `label_only`, `latency`,
@@ -57,6 +58,7 @@ class APIBuilder:
         task_classes: Sequence[Sequence[int]],
         image_shape: Sequence[int],
         archs: Sequence[str] = ("lenet",),
+        arch_options: Mapping[str, Mapping[str, Any]] | None = None,
         epochs: int = 20,
         lr: float = 1e-3,
         options: Mapping[str, Any] | None = None,
@@ -75,6 +77,7 @@ class APIBuilder:
             raise ValueError(f"api_options has no {wrong[0]!r}: it has {', '.join(MODULE_OPTIONS)}")
         self.task_classes, self.image_shape = [list(classes) for classes in task_classes], tuple(image_shape)
         self.archs, self.epochs, self.lr = list(archs), epochs, lr
+        self.arch_options = {arch: dict(own) for arch, own in (arch_options or {}).items()}
         self.options, self.root, self.seed = dict(options or {}), Path(root), seed
 
     def build(
@@ -126,7 +129,7 @@ class APIBuilder:
         if kind == "module":
             if weights is None:
                 raise ValueError(f"apis[{task}] of type module needs weights, a safetensors file")
-            network = load_network(weights, arch, self.image_shape, len(classes))
+            network = load_network(weights, arch, self.image_shape, len(classes), self.arch_options.get(arch))
         else:
             if data is None or not hasattr(data, "private"):
                 raise ValueError(
@@ -138,20 +141,20 @@ class APIBuilder:
 
     def _trained(self, task: int, arch: str, data: PrivateData) -> Classifier:
         """The network of an API, from its file if it was trained before."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
-        settings = [data.fingerprint(task), self.task_classes[task], self.image_shape, arch, self.epochs, self.lr]
+        options = self.arch_options.get(arch, {})
+        settings = [data.fingerprint(task), self.task_classes[task], self.image_shape, arch, options]
+        settings += [self.epochs, self.lr]
         digest = hashlib.blake2b(json.dumps([*settings, self.seed]).encode(), digest_size=8).hexdigest()
         path = self.root / f"{arch}-{digest}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
-                network = build_classifier(arch, self.image_shape, len(self.task_classes[task]))
-                network.load_state_dict(load_file(path))
-                return network
+                return load_network(path, arch, self.image_shape, len(self.task_classes[task]), options)
             images, labels = data.private(task)
             network = train_api(
-                arch, images, labels, self.task_classes[task], self.epochs, self.lr, mix(self.seed, task)
+                arch, images, labels, self.task_classes[task], self.epochs, self.lr, mix(self.seed, task), **options
             )
             partial = path.with_suffix(".part")
             save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, partial)
@@ -168,6 +171,7 @@ def train_api(
     lr: float = 1e-3,
     seed: int = 0,
     batch_size: int = 64,
+    **options: Any,
 ) -> Classifier:
     """Train the network behind an API, as its owner would: private images, cross-entropy, Adam with a cosine decay.
 
@@ -180,6 +184,7 @@ def train_api(
         lr: Highest learning rate.
         seed: Of the first weights and the order.
         batch_size: Images a step.
+        options: Of the architecture.
 
     Returns:
         The network in eval mode; it takes images in [-1, 1].
@@ -190,7 +195,7 @@ def train_api(
     # Nothing that is drawn here may shift what the caller draws afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_classifier(arch, tuple(images.shape[1:]), len(classes))  # type: ignore[arg-type]
+        network = build_classifier(arch, tuple(images.shape[1:]), len(classes), **options)
         network.train()
         steps = epochs * max(1, len(images) // batch_size)
         optimizer = torch.optim.Adam(network.parameters(), lr=lr)
@@ -206,7 +211,13 @@ def train_api(
     return network.eval()
 
 
-def load_network(path: str | Path, arch: str, image_shape: Sequence[int], num_classes: int) -> Classifier:
+def load_network(
+    path: str | Path,
+    arch: str,
+    image_shape: Sequence[int],
+    num_classes: int,
+    options: Mapping[str, Any] | None = None,
+) -> Classifier:
     """A network with the weights of a safetensors file.
 
     Raises:
@@ -219,7 +230,7 @@ def load_network(path: str | Path, arch: str, image_shape: Sequence[int], num_cl
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the weights of a {arch} as safetensors")
-    network = build_classifier(arch, tuple(image_shape), num_classes)  # type: ignore[arg-type]
+    network = build_classifier(arch, tuple(image_shape), num_classes, **(options or {}))
     try:
         network.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

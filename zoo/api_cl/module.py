@@ -68,8 +68,10 @@ class APIStreamCL(StreamTraining):
         apis: "train", APIs trained on the spot from the data's private images; or a list with one API a task, each a
             `BlackBoxAPI` or a mapping (see `APIBuilder.build`).
         api_archs: Architectures of APIs trained on the spot, taken in turn.
+        api_arch_options: By architecture, its options, such as `{resnet18: {width: 16}}`.
         api_epochs: Epochs of their training.
         api_options: What they imitate of a service: `decimals`, `topk`, `label_only`, `latency`, `expose_gradient`.
+        api_folder: Where trained APIs are kept for other runs; by default `apis` in the Trainer's root folder.
         generator: "df" or "dcgan".
         latent_dim: Length of the noise.
         base_channels: Width of the generators.
@@ -132,8 +134,10 @@ class APIStreamCL(StreamTraining):
         scenario: str = "til",
         apis: str | list[Any] = "train",
         api_archs: list[str] | None = None,
+        api_arch_options: dict[str, Any] | None = None,
         api_epochs: int = 20,
         api_options: dict[str, Any] | None = None,
+        api_folder: str | None = None,
         generator: str = "df",
         latent_dim: int = 256,
         base_channels: int = 64,
@@ -266,7 +270,7 @@ class APIStreamCL(StreamTraining):
             size = sum(parameter.numel() for parameter in self.learner.parameters())
             self.register_buffer("fisher", torch.zeros(size))
             self.register_buffer("anchor", torch.zeros(size))
-        self._api_settings = (apis, api_archs or ["lenet"], api_epochs, api_options)
+        self._api_settings = (apis, api_archs or ["lenet"], api_arch_options, api_epochs, api_options, api_folder)
         self._apis: list[BlackBoxAPI] = []
         ledger = QueryLedger(budget, budget_per_api, on_exhausted)
         self.start_state(ledger, ReplayMemory(self.memory_size, balanced_memory, 0.5 if self.asks else 1.0))
@@ -286,10 +290,10 @@ class APIStreamCL(StreamTraining):
             )
         if stage != "fit" or not self.asks or self._apis:
             return
-        apis, archs, epochs, options = self._api_settings
+        apis, archs, arch_options, epochs, options, folder = self._api_settings
         builder = APIBuilder(
-            self.sets.task_classes, self.image_shape, archs, epochs, options=options,
-            root=Path(self.trainer.default_root_dir) / "apis", seed=run_seed(self.seed),
+            self.sets.task_classes, self.image_shape, archs, arch_options, epochs, options=options,
+            root=folder or Path(self.trainer.default_root_dir) / "apis", seed=run_seed(self.seed),
         )  # fmt: skip
         self._apis = builder.build(apis, getattr(self.trainer, "datamodule", None))
         if self.gen_grad == "whitebox" and not all(getattr(api, "expose_gradient", False) for api in self._apis):
