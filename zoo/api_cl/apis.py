@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +19,7 @@ from zoo.api_cl.networks import ARCHITECTURES, Classifier, build_classifier
 from zoo.common.reproducibility import mix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 TYPES = ("train", "module", "http")
 MODULE_OPTIONS = ("decimals", "topk", "label_only", "latency", "expose_gradient", "max_batch")
@@ -70,6 +72,9 @@ class APIBuilder:
             raise ValueError(
                 f"api_archs has {unknown[0] if unknown else 'no name'!r}: expected some of {', '.join(ARCHITECTURES)}"
             )
+        strange = [name for name in arch_options or {} if name not in ARCHITECTURES]
+        if strange:
+            raise ValueError(f"api_arch_options has {strange[0]!r}: expected some of {', '.join(ARCHITECTURES)}")
         if epochs < 1 or not lr > 0:
             raise ValueError(f"api_epochs and api_lr must be positive, got {epochs} and {lr}")
         wrong = [name for name in options or {} if name not in MODULE_OPTIONS]
@@ -102,13 +107,16 @@ class APIBuilder:
         if len(apis) != len(self.task_classes):
             raise ValueError(f"apis has {len(apis)} entries for {len(self.task_classes)} tasks: expected one a task")
         found = [
-            api if isinstance(api, BlackBoxAPI) else self._described(task, dict(api), data)
+            api if isinstance(api, BlackBoxAPI) else self._described(task, api, data)
             for task, api in zip(tasks, apis, strict=True)
         ]
         check_classes(found, self.task_classes)
         return found
 
-    def _described(self, task: int, about: dict[str, Any], data: PrivateData | None) -> BlackBoxAPI:
+    def _described(self, task: int, api: Mapping[str, Any], data: PrivateData | None) -> BlackBoxAPI:
+        if not isinstance(api, Mapping):
+            raise ValueError(f"apis[{task}] is {api!r}: expected an API, or a mapping with its type")
+        about = dict(api)
         kind = about.pop("type", None)
         if kind not in TYPES:
             raise ValueError(f"apis[{task}] has the type {kind!r}: expected one of {', '.join(TYPES)}")
@@ -118,14 +126,13 @@ class APIBuilder:
 
             if "url" not in about:
                 raise ValueError(f"apis[{task}] of type http needs a url, such as http://127.0.0.1:8000")
+            _known(task, about, list(inspect.signature(HTTPAPI).parameters))
             about.setdefault("input_shape", self.image_shape)
             return HTTPAPI(classes=classes, name=about.pop("name", f"api{task}"), **about)
         arch = about.pop("arch", self.archs[task % len(self.archs)])
         name = about.pop("name", f"api{task}-{arch}")
         weights = about.pop("weights", None)
-        wrong = [key for key in about if key not in MODULE_OPTIONS]
-        if wrong:
-            raise ValueError(f"apis[{task}] has no option {wrong[0]!r}: it has {', '.join(MODULE_OPTIONS)}")
+        _known(task, about, MODULE_OPTIONS)
         if kind == "module":
             if weights is None:
                 raise ValueError(f"apis[{task}] of type module needs weights, a safetensors file")
@@ -136,26 +143,25 @@ class APIBuilder:
                     f"apis[{task}] is to be trained on the spot, which needs the private images of a ClassStreamData: "
                     "give the Trainer one, or give apis as a list of APIs"
                 )
-            network = self._trained(task, arch, data)
+            network = self._trained(task, classes, arch, data)
         return ModuleAPI(network, classes, name=name, input_shape=self.image_shape, **{**self.options, **about})  # type: ignore[arg-type]
 
-    def _trained(self, task: int, arch: str, data: PrivateData) -> Classifier:
+    def _trained(self, task: int, classes: Sequence[int], arch: str, data: PrivateData) -> Classifier:
         """The network of an API, from its file if it was trained before."""
         from safetensors.torch import save_file
 
         options = self.arch_options.get(arch, {})
-        settings = [data.fingerprint(task), self.task_classes[task], self.image_shape, arch, options]
+        settings = [data.fingerprint(task), task, list(classes), self.image_shape, arch, options]
         settings += [self.epochs, self.lr]
         digest = hashlib.blake2b(json.dumps([*settings, self.seed]).encode(), digest_size=8).hexdigest()
         path = self.root / f"{arch}-{digest}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
-                return load_network(path, arch, self.image_shape, len(self.task_classes[task]), options)
+                return load_network(path, arch, self.image_shape, len(classes), options)
             images, labels = data.private(task)
-            network = train_api(
-                arch, images, labels, self.task_classes[task], self.epochs, self.lr, mix(self.seed, task), **options
-            )
+            seed = mix(self.seed, task)
+            network = train_api(arch, images, labels, classes, self.epochs, self.lr, seed, **options)
             partial = path.with_suffix(".part")
             save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, partial)
             partial.replace(path)
@@ -188,13 +194,20 @@ def train_api(
 
     Returns:
         The network in eval mode; it takes images in [-1, 1].
+
+    Raises:
+        ValueError: If an image is of another class.
     """
     place = {label: column for column, label in enumerate(classes)}
+    strangers = sorted(set(labels.tolist()) - set(place))
+    if strangers:
+        raise ValueError(f"an API of the classes {list(classes)} cannot learn from images of {strangers}")
     targets = torch.tensor([place[label] for label in labels.tolist()])
     canonical = images.float() / 127.5 - 1
     # Nothing that is drawn here may shift what the caller draws afterwards.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # That of the CPU alone, where all is drawn: `torch.manual_seed` would seed GPUs too, which are not restored.
+        torch.default_generator.manual_seed(seed)
         network = build_classifier(arch, tuple(images.shape[1:]), len(classes), **options)
         network.train()
         steps = epochs * max(1, len(images) // batch_size)
@@ -230,7 +243,9 @@ def load_network(
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the weights of a {arch} as safetensors")
-    network = build_classifier(arch, tuple(image_shape), num_classes, **(options or {}))
+    with torch.random.fork_rng(devices=[]):
+        # First weights are drawn only to be overwritten.
+        network = build_classifier(arch, image_shape, num_classes, **(options or {}))
     try:
         network.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
@@ -241,8 +256,15 @@ def load_network(
     return network.eval()
 
 
+def _known(task: int, about: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Refuse an option that an API of this type does not have."""
+    wrong = [key for key in about if key not in options]
+    if wrong:
+        raise ValueError(f"apis[{task}] has no option {wrong[0]!r}: it has {', '.join(options)}")
+
+
 def check_classes(apis: Sequence[BlackBoxAPI], task_classes: Sequence[Sequence[int]]) -> None:
-    """Refuse APIs whose classes overlap, repeat, or are not those of their task.
+    """Refuse APIs whose classes overlap or are not those of their task, or that share a name.
 
     Raises:
         ValueError: Naming the APIs and the labels.
@@ -253,7 +275,13 @@ def check_classes(apis: Sequence[BlackBoxAPI], task_classes: Sequence[Sequence[i
             if label in owner:
                 raise ValueError(f"APIs {owner[label].name!r} and {api.name!r} both declare the class {label}")
             owner[label] = api
+    names = [api.name for api in apis]
     for task, (api, classes) in enumerate(zip(apis, task_classes, strict=True)):
+        if api.name in names[:task]:
+            raise ValueError(
+                f"the APIs of tasks {names.index(api.name)} and {task} are both named {api.name!r}: give each a name of "
+                "its own, by which queries are counted and limited"
+            )
         if set(api.classes) != set(classes):
             missing, extra = sorted(set(classes) - set(api.classes)), sorted(set(api.classes) - set(classes))
             raise ValueError(

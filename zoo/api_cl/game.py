@@ -83,7 +83,8 @@ def generator_round(
 ) -> GeneratorRound:
     """The generators' loss, with the learner and the API held fixed.
 
-    Everything is computed in single precision outside autocast: differences of half-precision numbers are noise.
+    Everything is computed in the networks' own precision, outside autocast: differences of half-precision numbers are
+    noise.
 
     Args:
         generators: One or two, in train mode; each makes images from the same noise.
@@ -105,7 +106,7 @@ def generator_round(
         Its `loss` has the objective's gradient with respect to the generators, in "zo" that of the estimate.
     """
     with torch.autocast(noise.device.type, enabled=False), frozen(learner):
-        pre = torch.stack([generator(noise).float() for generator in generators])
+        pre = torch.stack([generator(noise) for generator in generators])
         count, batch = pre.shape[:2]
         images = pre.tanh()
         if mode == "zo":
@@ -131,7 +132,7 @@ def generator_round(
         report = {
             "gap": gaps.mean(),
             "entropy": entropy(probs.mean(1)).mean(),
-            "pixel_std": images.detach().std(1).mean(),
+            "pixel_std": images.detach().std(1, correction=0).mean(),
             "gradient": norm,
         }
         if count == 2 and objective.cooperates:

@@ -44,7 +44,7 @@ class StreamAccuracy(Metric):
         own = self.sets.of_task(task, logits.device)
         seen = self.sets.seen(max(task, seen_task), logits.device)
         columns = self.sets.columns(task, logits.device)
-        within = logits.float().masked_fill(~own, -torch.inf).argmax(-1)
+        answers = None if probs is None else columns[probs.argmax(-1)]
         row = torch.stack(
             [
                 labels.new_tensor(len(labels)),
@@ -52,12 +52,8 @@ class StreamAccuracy(Metric):
                 _right(logits, labels, seen),
                 *(
                     (labels.new_tensor(0),) * 3
-                    if probs is None
-                    else (
-                        labels.new_tensor(len(labels)),
-                        (columns[probs.argmax(-1)] == within).sum(),
-                        (columns[probs.argmax(-1)] == labels).sum(),
-                    )
+                    if answers is None
+                    else (labels.new_tensor(len(labels)), _right(logits, answers, own), (answers == labels).sum())
                 ),
             ]
         )

@@ -168,7 +168,11 @@ class StreamTraining(StreamState):
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         self._descend(loss, list(self.learner.parameters()))
         # The Trainer counts the last step only: one of its steps is an iteration.
-        (self.optimizers()[-1] if last else optimizer).step()  # type: ignore[index]
+        if last:
+            wrapped = self.optimizers()
+            (wrapped[-1] if isinstance(wrapped, list) else wrapped).step()
+        else:
+            optimizer.step()
         if last:
             self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=1)
         return loss.detach()
