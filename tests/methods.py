@@ -80,6 +80,16 @@ def merging(model: str, *options: str) -> tuple[str, ...]:
     return ("--model", model, *settings, *data, *MERGING[6:], *options)
 
 
+STREAM = (
+    "--config", str(CONFIGS / "api_cl" / "demo.yaml"),
+    "--model.api_epochs", "1", "--model.base_channels", "4", "--model.latent_dim", "8",
+    "--model.student_steps", "2", "--model.student_batch_size", "16", "--model.generator_batch_size", "8",
+    "--data.num_tasks", "2", "--data.iterations_per_task", "6",
+)  # fmt: skip
+"""A stream of two APIs, trained for an epoch on the spot."""
+
+REAL = ("--data.real_fraction", "1")
+
 METHODS = [
     TOY,
     Method(
@@ -111,6 +121,14 @@ METHODS = [
         "TaskExperts",
         ("--model", "TaskExperts", "--model.mode", "separate", "--data", "ClassificationTasksData"),
         small=(*MERGING[4:], "--data.validation_fraction", "0.2"),
+        tables=True,
+    ),
+    Method(
+        "APIStreamCL",
+        STREAM[:2],
+        small=STREAM[2:],
+        exact=(*REAL, "--model.method", "classic", "--model.model", "mlp", "--model.student_steps", "1"),
+        figures=True,
         tables=True,
     ),
 ]
@@ -152,6 +170,17 @@ VARIANTS = [
             ("AdaMerging to experts", ("--model.objective", "expert_kl", "--model.tau_dtype", "bfloat16")),
         )
     ),
+    Method(
+        "API stream with real images",
+        STREAM[:2],
+        small=(*STREAM[2:], "--data.real_fraction", "0.2", "--model.scenario", "cil"),
+        exact=("--model.method", "real_only", "--model.model", "mlp", "--model.student_steps", "1"),
+    ),
+    Method(
+        "continual learning by EWC",
+        STREAM[:2],
+        small=(*STREAM[2:], *REAL, "--model.method", "ewc", "--model.model", "mlp", "--model.student_steps", "1"),
+    ),
     Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
     Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
@@ -167,6 +196,7 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
     "SequenceData": ("--data.source", "embedded", "--data.order", "auto"),
     "TabularTaskData": ("--data.source", "embedded", "--data.sample_categories", "2"),
     "ImageTaskData": ("--data.source", "embedded"),
+    "ClassStreamData": ("--data.source", "embedded", "--data.dataset", "digits"),
     "ClassificationTasksData": ("--data.source", "embedded", "--data.seen_tasks", "null"),
     "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
 }
@@ -188,6 +218,8 @@ _SMALL_BACKBONES = {"mtan": ("--model.backbone_options", "{filters: [4, 8, 8, 16
 def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
     """Arguments that put something small in place of what a config's model would train or download."""
     settings = model.get("init_args", {})
+    if model["class_path"] == "APIStreamCL":
+        return ("--model.api_archs", "[mlp]", "--model.api_epochs", "1", "--model.api_folder", "null")
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

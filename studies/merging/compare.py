@@ -64,6 +64,7 @@ class Comparison:
         surgery_steps: Steps of Surgery's training.
         arguments: Further arguments of all commands.
         kept_only: Whether rows that were not run before are left out.
+        surgery_rank: Rank of Surgery's modules.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Comparison:
         surgery_steps: int = 1000,
         arguments: Sequence[str] = (),
         kept_only: bool = False,
+        surgery_rank: int = 16,
     ) -> None:
-        self.kept_only = kept_only
+        self.kept_only, self.surgery_rank = kept_only, surgery_rank
         self.seed, self.folder, self.methods = seed, folder, methods
         self.surgery_steps, self.arguments = surgery_steps, list(arguments)
         self.settings = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -146,6 +148,8 @@ class Comparison:
         return bool(recipe.get("joint_epochs"))
 
     def _repaired(self, name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.surgery_rank != 16:
+            options = {**options, "rank": self.surgery_rank}
         content = self._content("RepresentationSurgery", options, self.surgery_steps)
         if done := self._run(f"{name}_surgery", content):
             yield f"{name}_surgery", done
@@ -239,6 +243,7 @@ def compare(
     surgery_steps: int = 1000,
     arguments: Sequence[str] = (),
     kept_only: bool = False,
+    surgery_rank: int = 16,
 ) -> dict[str, Any]:
     """Run all rows for all seeds; rows that were run before by the same command are kept.
 
@@ -251,18 +256,22 @@ def compare(
         surgery_steps: Steps of Surgery's training.
         arguments: Further arguments of all commands.
         kept_only: Whether rows that were not run before are left out.
+        surgery_rank: Rank of Surgery's modules.
     """
     found: dict[int, dict[str, Row]] = {}
     records = []
     for seed in seeds:
-        comparison = Comparison(config, seed, folder / str(seed), methods, surgery_steps, arguments, kept_only)
+        comparison = Comparison(
+            config, seed, folder / str(seed), methods, surgery_steps, arguments, kept_only, surgery_rank
+        )
         done = dict(comparison.rows())
         found[seed] = {name: row["metrics"] for name, row in done.items()}
         records += [row["run"] for row in done.values()]
     summary = summarise(found)
     return {
         "title": f"{name}: accuracy by method and task",
-        "command": f"python -m studies.merging.compare --config {config.relative_to(ROOT)} --name {name}",
+        "command": f"python -m studies.merging.compare --config {config.relative_to(ROOT)} --name {name}"
+        + (f" --surgery_rank {surgery_rank}" if surgery_rank != 16 else ""),
         "config": yaml.safe_load(config.read_text(encoding="utf-8")),
         "seeds": list(seeds),
         "summary": summary,
@@ -279,6 +288,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[*RULES, *ADAPTED], help="rows to have; all by default")
     parser.add_argument("--surgery_steps", type=int, default=1000, help="steps of Surgery's training")
+    parser.add_argument("--surgery_rank", type=int, default=16, help="rank of Surgery's modules")
     parser.add_argument("--folder", type=Path, help="where runs and experts are kept; runs/compare/<name> by default")
     parser.add_argument("--kept_only", action="store_true", help="leave out rows that were not run before")
     options, arguments = parser.parse_known_args()
@@ -286,8 +296,9 @@ def main() -> None:
     name = options.name or config.stem
     folder = options.folder or ROOT / "runs" / "compare" / name
     content = compare(
-        config, options.seeds, name, folder, options.methods, options.surgery_steps, arguments, options.kept_only
-    )
+        config, options.seeds, name, folder, options.methods, options.surgery_steps, arguments, options.kept_only,
+        options.surgery_rank,
+    )  # fmt: skip
     write_json(ROOT / "results" / "merging" / f"{name}.json", content)
     picture(content["summary"], ROOT / "docs" / f"merging_{name}.png")
     show(content["summary"])

@@ -144,7 +144,7 @@ class APIBuilder:
                     "give the Trainer one, or give apis as a list of APIs"
                 )
             network = self._trained(task, classes, arch, data)
-        return ModuleAPI(network, classes, name=name, input_shape=self.image_shape, **{**self.options, **about})  # type: ignore[arg-type]
+        return ModuleAPI(network, classes, name=name, input_shape=self.image_shape, **{**self.options, **about})
 
     def _trained(self, task: int, classes: Sequence[int], arch: str, data: PrivateData) -> Classifier:
         """The network of an API, from its file if it was trained before."""
@@ -215,7 +215,7 @@ def train_api(
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs):
             # A rest of a few images is left to another epoch: normalisation by such a batch would be noise.
-            for rows in torch.randperm(len(images)).split(batch_size)[: max(1, len(images) // batch_size)]:
+            for rows in torch.split(torch.randperm(len(images)), batch_size)[: max(1, len(images) // batch_size)]:
                 loss = F.cross_entropy(network(canonical[rows]), targets[rows])
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
@@ -279,8 +279,8 @@ def check_classes(apis: Sequence[BlackBoxAPI], task_classes: Sequence[Sequence[i
     for task, (api, classes) in enumerate(zip(apis, task_classes, strict=True)):
         if api.name in names[:task]:
             raise ValueError(
-                f"the APIs of tasks {names.index(api.name)} and {task} are both named {api.name!r}: give each a name of "
-                "its own, by which queries are counted and limited"
+                f"the APIs of tasks {names.index(api.name)} and {task} are both named {api.name!r}: queries are counted "
+                "and limited by name, give each one of its own"
             )
         if set(api.classes) != set(classes):
             missing, extra = sorted(set(classes) - set(api.classes)), sorted(set(api.classes) - set(classes))

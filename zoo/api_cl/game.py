@@ -164,7 +164,7 @@ def _zeroth_order(
     base = count * batch
     probs = ask(images, {"gen_base": base, "gen_dirs": len(images) - base})
     with torch.no_grad():
-        logits = torch.cat([learner(piece)[:, columns] for piece in images.split(_PIECE)])
+        logits = torch.cat([learner(piece)[:, columns] for piece in torch.split(images, _PIECE)])
         gaps = gap(probs, logits, decimals).view(rows, count, batch)
         probs = probs.view(rows, count, batch, -1)
         mean = mean_over_ranks(probs[0].mean(1))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.api_cl.api_session import APISession, look, shared_ledger
@@ -44,6 +45,9 @@ from zoo.common.reproducibility import mix, run_seed
 
 if TYPE_CHECKING:
     from zoo.api_cl.black_box import BlackBoxAPI
+
+_PROBED = 32
+"""Images that an API's precision is found out with."""
 
 
 class APIStreamCL(StreamTraining):
@@ -317,7 +321,7 @@ class APIStreamCL(StreamTraining):
             )
         epochs = self.trainer.max_epochs
         if self.trainer.max_steps == -1 and epochs is not None and 0 < epochs < len(self.sets):
-            rank_zero_warn(f"max_epochs={epochs} ends before the stream of {len(self.sets)} tasks: an epoch is a task")
+            rank_zero_info(f"max_epochs={epochs} ends before the stream of {len(self.sets)} tasks: an epoch is a task")
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One iteration: rounds of the generators, then steps of the learner.
@@ -335,19 +339,19 @@ class APIStreamCL(StreamTraining):
             if self.task is not None and task < self.task:
                 raise ValueError(f"a batch of task {task} came after task {self.task}: the stream must go forward")
             self._open_task(task)
-        if self.asks and self.session is None:
-            self._open_session(task)
         # Drawn from a generator of its own: a resumed run goes on with the numbers that an undisturbed one has.
         self._rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), task, step, self.global_rank))
         loss = torch.zeros((), device=self.device)
-        if self._may_go_on():
-            try:
+        try:
+            if self.asks and self.session is None and not self.exhausted:
+                self._open_session(task, batch)
+            if self._may_go_on(batch):
                 loss = self._iterate(batch, task, step)
                 self.done += 1
-            except QueryBudgetExceeded as error:
-                if self.ledger.on_exhausted == "raise" or self.world > 1:
-                    raise
-                self._stop_task(str(error))
+        except QueryBudgetExceeded as error:
+            if self.ledger.on_exhausted == "raise" or self.world > 1:
+                raise
+            self._stop_task(str(error))
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         if self.asks:
             self.log("queries", float(self.ledger.spent()), batch_size=1)
@@ -365,8 +369,9 @@ class APIStreamCL(StreamTraining):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 for module in self.generators.modules():
-                    if hasattr(module, "reset_parameters"):
-                        module.reset_parameters()
+                    reset = getattr(module, "reset_parameters", None)
+                    if reset is not None:
+                        reset()
         for optimizer in self._optimizers():
             optimizer.state.clear()
         self.task, self.done, self.exhausted, self.decimals, self.session = task, 0, False, None, None
@@ -379,25 +384,37 @@ class APIStreamCL(StreamTraining):
         count = self.trainer.num_training_batches
         return int(count) if math.isfinite(count) else 1
 
-    def _open_session(self, task: int) -> None:
+    def _open_session(self, task: int, batch: Any) -> None:
         self.session = APISession(
             self._apis[task], self.sets.task_classes[task], self.ledger, math.prod(self.image_shape), self._estimator,
-            self._gap_name, self._tau, self.gen_grad, self._probe_images, self.decimals,
+            self._gap_name, self._tau, self.gen_grad, partial(self._probe_images, task, batch), self.decimals,
         )  # fmt: skip
         self.decimals = self.session.probed
         self._columns = self.sets.columns(task, self.device)
-        rows = self.queries()
-        if not self.done and not self.session.allows(sum(rows.values())):
-            parts = " + ".join(f"{count} {purpose}" for purpose, count in rows.items())
-            raise ValueError(
-                f"an iteration asks API {self.session.api.name!r} for {sum(rows.values())} rows ({parts}), but only "
-                f"{self.ledger.remaining(self.session.api.name)} are left: raise budget or budget_per_api, or lower "
-                "num_directions, student_steps or the batch sizes"
-            )
+        self._check_budget(self._apis[task].name, self._rows(batch))
 
-    def _probe_images(self) -> Tensor:
-        rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), int(self.task or 0)))
-        return torch.randn(32, *self.image_shape, generator=rng, device=self.device).tanh()
+    def _check_budget(self, api: str, rows: dict[str, int]) -> None:
+        """Refuse a budget that does not last for one iteration; later on a budget that has ended is no mistake."""
+        remaining = self.ledger.remaining(api)
+        if self.ledger.spent() or remaining is None or remaining >= sum(rows.values()):
+            return
+        parts = " + ".join(f"{count} {purpose}" for purpose, count in rows.items())
+        raise ValueError(
+            f"an iteration asks API {api!r} for {sum(rows.values())} rows ({parts}), but only {remaining} are left: "
+            "raise budget or budget_per_api, or lower num_directions, student_steps or the batch sizes"
+        )
+
+    def _probe_images(self, task: int, batch: Any) -> Tensor:
+        self._check_budget(self._apis[task].name, {"probe": _PROBED, **self._rows(batch)})
+        rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), task))
+        return torch.randn(_PROBED, *self.image_shape, generator=rng, device=self.device).tanh()
+
+    def _rows(self, batch: Any) -> dict[str, int]:
+        """Rows that an iteration on a batch asks for, by purpose; real images only where there is a budget."""
+        rows = self.queries()
+        if self.distill_real and batch.images is not None and (self.ledger.total or self.ledger.per_api):
+            rows["real"] = self.real.unseen(batch.images.float())
+        return rows
 
     def queries(self) -> dict[str, int]:
         """Rows that an iteration asks for, by purpose, per process; real images come on top, once each."""
@@ -405,18 +422,18 @@ class APIStreamCL(StreamTraining):
             return {}
         trained = 0 if self.method == "frozen_generator" else len(self.generators)
         mode = self.gen_grad if self.session is None else self.session.gen_grad
-        m = int(self._estimator["num_directions"])  # type: ignore[call-overload]
+        m = int(self._estimator["num_directions"])
         rows = (2 if self._estimator["central"] else 1) * m + 1 if mode == "zo" else 1
         return queries_per_iteration(
             trained, self.generator_steps, self.generator_batch_size, rows, self.student_steps,
             self.student_batch_size, self.reuse_base,
         )  # fmt: skip
 
-    def _may_go_on(self) -> bool:
+    def _may_go_on(self, batch: Any) -> bool:
         if not self.asks or self.exhausted or self.ledger.on_exhausted == "raise":
             return not self.exhausted
         assert self.session is not None
-        short = not self.session.allows(sum(self.queries().values()))
+        short = not self.session.allows(sum(self._rows(batch).values()))
         if self.world > 1 and (self.ledger.total or self.ledger.per_api):
             # All processes stop together.
             flag = torch.tensor(float(short), device=self.device)
@@ -428,26 +445,6 @@ class APIStreamCL(StreamTraining):
     def _stop_task(self, why: str) -> None:
         self.exhausted = True
         rank_zero_warn(f"task {self.task} ends after {self.done} iterations, as the budget of queries does: {why}")
-
-    @torch.no_grad()
-    def generate(self, n: int, which: str = "both") -> list[Tensor]:
-        """Images `(n, c, h, w)` in [-1, 1] of generator "A", "B", or of "both".
-
-        Raises:
-            ValueError: If there is no such generator.
-        """
-        names = "AB"[: len(self.generators)]
-        if not names or which not in ("both", *names):
-            raise ValueError(f"which must be one of both, {', '.join(names)}, got {which!r}")
-        rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), n))
-        noise = torch.randn(n, self.latent_dim, generator=rng, device=self.device)
-        made = []
-        for name, generator in zip(names, self.generators, strict=True):
-            if which in ("both", name):
-                training = generator.training
-                made.append(generator.eval()(noise).tanh())
-                generator.train(training)
-        return made
 
     def look(self, images: Tensor, task: int) -> Tensor | None:
         """Responses of a task's API, if it is a local one: to measure agreement, not counted."""

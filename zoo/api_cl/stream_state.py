@@ -106,6 +106,8 @@ class StreamState(StreamEvaluation):
         self._of_ranks = state["ranks"]
         self.session = None
         if self._trainer is None or self.trainer.state.fn != "fit":
+            # The first process's part, whatever the number of processes was: nothing is added to it.
+            self.memory.size = int(self._of_ranks[0]["memory"]["size"])
             self._take(self._of_ranks[0])
 
     def on_fit_start(self) -> None:

@@ -11,6 +11,7 @@ from zoo.api_cl.game import StudentBatch, generator_round
 from zoo.api_cl.options import learning_rate_factor
 from zoo.api_cl.stream_state import StreamState
 from zoo.api_cl.student_objective import fisher_diagonal
+from zoo.common.reproducibility import mix, run_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +65,7 @@ class StreamTraining(StreamState):
     ewc_weight: float
     fisher: Tensor
     anchor: Tensor
+    seed: int | None
     _rng: torch.Generator
     _columns: Tensor
 
@@ -196,7 +198,7 @@ class StreamTraining(StreamState):
         if self.world > 1:
             flat = self._mean_over_ranks(torch.cat([gradient.flatten() for gradient in found]))
             sizes = [gradient.numel() for gradient in found]
-            found = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+            found = [part.view_as(p) for part, p in zip(torch.split(flat, sizes), parameters, strict=True)]
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -205,7 +207,7 @@ class StreamTraining(StreamState):
     def _mean_over_ranks(self, tensor: Tensor) -> Tensor:
         if self.world == 1:
             return tensor
-        mean: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")  # type: ignore[assignment]
+        mean: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
         return mean
 
     def _noise(self, size: int) -> Tensor:
@@ -225,12 +227,32 @@ class StreamTraining(StreamState):
                 self.samples[f"{task}/{'AB'[number]}"] = images.cpu()
         self.session = None
 
+    @torch.no_grad()
+    def generate(self, n: int, which: str = "both") -> list[Tensor]:
+        """Images `(n, c, h, w)` in [-1, 1] of generator "A", "B", or of "both".
+
+        Raises:
+            ValueError: If there is no such generator.
+        """
+        names = "AB"[: len(self.generators)]
+        if not names or which not in ("both", *names):
+            raise ValueError(f"which must be one of both, {', '.join(names)}, got {which!r}")
+        rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), n))
+        noise = torch.randn(n, self.latent_dim, generator=rng, device=self.device)
+        made = []
+        for name, generator in zip(names, self.generators, strict=True):
+            if which in ("both", name):
+                training = generator.training
+                made.append(generator.eval()(noise).tanh())
+                generator.train(training)
+        return made
+
     def _stored(self, images: Tensor) -> Tensor | None:
         """What is kept with real images: for dark experience replay the learner's logits."""
         if not self.student_objective.derpp:
             return None
         training = self.learner.training
-        logits = torch.cat([self.learner.eval()(part) for part in images.split(256)])
+        logits = torch.cat([self.learner.eval()(part) for part in torch.split(images, 256)])
         self.learner.train(training)
         return logits.float()
 
@@ -252,13 +274,15 @@ class StreamTraining(StreamState):
             torch.optim.Adam(generator.parameters(), lr=self.generator_lr) for generator in self.generators
         ]
         if self.optimizer_name == "sgd":
-            options = {"lr": self.lr, "momentum": 0.9, "weight_decay": self.weight_decay}
-            return [*found, torch.optim.SGD(self.learner.parameters(), **options)]
+            learner = torch.optim.SGD(
+                self.learner.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.weight_decay
+            )
+            return [*found, learner]
         return [*found, torch.optim.Adam(self.learner.parameters(), lr=self.lr, weight_decay=self.weight_decay)]
 
     def _optimizers(self) -> list[Optimizer]:
         wrapped = self.optimizers(use_pl_optimizer=False)
-        return list(wrapped) if isinstance(wrapped, list) else [wrapped]  # type: ignore[list-item]
+        return list(wrapped) if isinstance(wrapped, list) else [wrapped]
 
     def _rates(self) -> list[float]:
         return [self.generator_lr] * len(self.generators) + [self.lr]

@@ -111,7 +111,7 @@ def distillation(
     if target == "masked":
         return gap(probs, logits[:, columns]).mean()
     seen = sets.seen(task, logits.device)
-    padded = logits.new_zeros(len(logits), sets.num_classes, dtype=torch.float32)
+    padded = probs.new_zeros(len(probs), sets.num_classes)
     padded[:, columns] = probs
     return gap(padded[:, seen], logits[:, seen]).mean()
 
