@@ -61,7 +61,7 @@ class Comparison:
         seed: The seed of experts and adaptation.
         folder: Where runs are kept.
         methods: Rows to have; all by default.
-        surgery_steps: Steps of Surgery's training.
+        surgery_steps: Steps of Surgery's training; 0 leaves Surgery out.
         arguments: Further arguments of all commands.
         kept_only: Whether rows that were not run before are left out.
         surgery_rank: Rank of Surgery's modules.
@@ -148,6 +148,8 @@ class Comparison:
         return bool(recipe.get("joint_epochs"))
 
     def _repaired(self, name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self.surgery_steps:
+            return
         if self.surgery_rank != 16:
             options = {**options, "rank": self.surgery_rank}
         content = self._content("RepresentationSurgery", options, self.surgery_steps)
@@ -253,7 +255,7 @@ def compare(
         name: Name of the comparison.
         folder: Where runs and experts are kept.
         methods: Rows to have; all by default.
-        surgery_steps: Steps of Surgery's training.
+        surgery_steps: Steps of Surgery's training; 0 leaves Surgery out.
         arguments: Further arguments of all commands.
         kept_only: Whether rows that were not run before are left out.
         surgery_rank: Rank of Surgery's modules.
@@ -287,7 +289,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the result; that of the config by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[*RULES, *ADAPTED], help="rows to have; all by default")
-    parser.add_argument("--surgery_steps", type=int, default=1000, help="steps of Surgery's training")
+    parser.add_argument("--surgery_steps", type=int, default=1000, help="of Surgery's training; 0: no Surgery")
     parser.add_argument("--surgery_rank", type=int, default=16, help="rank of Surgery's modules")
     parser.add_argument("--folder", type=Path, help="where runs and experts are kept; runs/compare/<name> by default")
     parser.add_argument("--kept_only", action="store_true", help="leave out rows that were not run before")
@@ -300,7 +302,8 @@ def main() -> None:
         options.surgery_rank,
     )  # fmt: skip
     write_json(ROOT / "results" / "merging" / f"{name}.json", content)
-    picture(content["summary"], ROOT / "docs" / f"merging_{name}.png")
+    if options.surgery_steps:
+        picture(content["summary"], ROOT / "docs" / f"merging_{name}.png")
     show(content["summary"])
     for check in content["checks"]:
         verdict = "holds" if check["holds"] else "FAILS"

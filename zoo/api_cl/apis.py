@@ -279,8 +279,8 @@ def check_classes(apis: Sequence[BlackBoxAPI], task_classes: Sequence[Sequence[i
     for task, (api, classes) in enumerate(zip(apis, task_classes, strict=True)):
         if api.name in names[:task]:
             raise ValueError(
-                f"the APIs of tasks {names.index(api.name)} and {task} are both named {api.name!r}: queries are counted "
-                "and limited by name, give each one of its own"
+                f"the APIs of tasks {names.index(api.name)} and {task} are both named {api.name!r}: give each a name of"
+                " its own, by which queries are counted and limited"
             )
         if set(api.classes) != set(classes):
             missing, extra = sorted(set(classes) - set(api.classes)), sorted(set(api.classes) - set(classes))

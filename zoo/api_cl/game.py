@@ -6,7 +6,7 @@ Plain torch: networks, an API and options come in, scalars to descend on go out.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -187,6 +187,7 @@ class StudentBatch:
         labels: See `real`.
         real_probs: See `real`.
         memory: Remembered rows.
+        decimals: By task, to which its API rounds; a task that is not there, or with a negative number, not at all.
     """
 
     images: Tensor | None = None
@@ -195,6 +196,12 @@ class StudentBatch:
     labels: Tensor | None = None
     real_probs: Tensor | None = None
     memory: Sequence[MemoryRows] = ()
+    decimals: Mapping[int, int] = field(default_factory=dict)
+
+    def rounded(self, task: int) -> int | None:
+        """Decimals to which a task's API rounds."""
+        found = self.decimals.get(task, -1)
+        return None if found < 0 else found
 
     def inputs(self) -> list[Tensor]:
         """All images, part by part."""
@@ -253,13 +260,17 @@ class StudentObjective:
         if batch.images is not None:
             assert batch.probs is not None
             target = self.cil_target if self.scenario == "cil" else "masked"
-            terms["new"] = distillation(batch.probs, logits.pop(0), self.sets, task, self.gap, target)
+            terms["new"] = distillation(
+                batch.probs, logits.pop(0), self.sets, task, self.gap, target, batch.rounded(task)
+            )
         if batch.real is not None:
             assert batch.labels is not None
             real_logits = logits.pop(0)
             if batch.real_probs is not None:
                 share = len(batch.real) / (len(batch.real) + (0 if batch.images is None else len(batch.images)))
-                imitated = distillation(batch.real_probs, real_logits, self.sets, task, self.gap)
+                imitated = distillation(
+                    batch.real_probs, real_logits, self.sets, task, self.gap, decimals=batch.rounded(task)
+                )
                 new = terms.get("new", imitated)
                 # One mean over synthetic and real images together.
                 terms["new"] = (1 - share) * new + share * imitated
@@ -271,7 +282,9 @@ class StudentObjective:
                     old_logits = previous(batch.real)
                 terms["lwf"] = self.lwf * learning_without_forgetting(real_logits, old_logits, self.sets, task)
         if batch.memory and self.memory:
-            terms["memory"] = self.memory * replay(batch.memory, logits, self.sets, task, self.gap, self.scenario)
+            terms["memory"] = self.memory * replay(
+                batch.memory, logits, self.sets, task, self.gap, self.scenario, batch.rounded
+            )
         if batch.memory and self.derpp:
             terms["derpp"] = self.derpp * _stored_logits(batch.memory, logits)
         if batch.memory and self.similarity and previous is not None and self.kind != "none":

@@ -7,8 +7,6 @@ a documented reconstruction.
 from __future__ import annotations
 
 import copy
-import math
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from zoo.api_cl.api_session import APISession, look, shared_ledger
+from zoo.api_cl.api_session import look, shared_ledger
 from zoo.api_cl.apis import APIBuilder
 from zoo.api_cl.game import StudentObjective
 from zoo.api_cl.gaps import GAPS, ResponseGap
@@ -24,7 +22,7 @@ from zoo.api_cl.generator_objective import GeneratorObjective
 from zoo.api_cl.generators import GENERATORS
 from zoo.api_cl.ledger import QueryBudgetExceeded, QueryLedger
 from zoo.api_cl.memory import ReplayMemory
-from zoo.api_cl.networks import Classifier, build_classifier, reset_head_rows
+from zoo.api_cl.networks import Classifier, build_classifier
 from zoo.api_cl.options import (
     METHODS,
     MODES,
@@ -34,10 +32,9 @@ from zoo.api_cl.options import (
     at_least,
     check_memory,
     one_of,
-    queries_per_iteration,
 )
 from zoo.api_cl.similarity import SIMILARITIES
-from zoo.api_cl.stream_training import StreamTraining
+from zoo.api_cl.stream_tasks import StreamTasks
 from zoo.api_cl.student_objective import CIL_TARGETS, SCENARIOS, ClassSets
 from zoo.api_cl.zeroth_order import ZerothOrderGradient
 from zoo.common.artifacts import log_figure, log_table
@@ -46,11 +43,8 @@ from zoo.common.reproducibility import mix, run_seed
 if TYPE_CHECKING:
     from zoo.api_cl.black_box import BlackBoxAPI
 
-_PROBED = 32
-"""Images that an API's precision is found out with."""
 
-
-class APIStreamCL(StreamTraining):
+class APIStreamCL(StreamTasks):
     """Continual learning from a stream of APIs: generators that look for disagreement, a learner that removes it.
 
     One fit is the whole stream: epoch k is task k, and `max_epochs` is the number of tasks. A training batch says which
@@ -357,94 +351,6 @@ class APIStreamCL(StreamTraining):
             self.log("queries", float(self.ledger.spent()), batch_size=1)
         if batch.last:
             self._close_task(task)
-
-    def _open_task(self, task: int) -> None:
-        if self.task is not None:
-            self.previous.load_state_dict(self.learner.state_dict())
-        fresh = self.sets.task_classes[task]
-        seed = mix(run_seed(self.seed), task)
-        reset_head_rows(self.learner.head, fresh, torch.Generator().manual_seed(seed))
-        if self.task is not None and self.reset_generators:
-            # All processes draw the same weights, and nothing that is drawn elsewhere shifts.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                for module in self.generators.modules():
-                    reset = getattr(module, "reset_parameters", None)
-                    if reset is not None:
-                        reset()
-        for optimizer in self._optimizers():
-            optimizer.state.clear()
-        self.task, self.done, self.exhausted, self.decimals, self.session = task, 0, False, None, None
-        self.real.clear()
-        self.iterations = self._length()
-        self.history.setdefault("start", []).append(torch.tensor(float(len(self.history.get("loss", ())))))
-
-    def _length(self) -> int:
-        """Iterations of the task: batches of an epoch."""
-        count = self.trainer.num_training_batches
-        return int(count) if math.isfinite(count) else 1
-
-    def _open_session(self, task: int, batch: Any) -> None:
-        self.session = APISession(
-            self._apis[task], self.sets.task_classes[task], self.ledger, math.prod(self.image_shape), self._estimator,
-            self._gap_name, self._tau, self.gen_grad, partial(self._probe_images, task, batch), self.decimals,
-        )  # fmt: skip
-        self.decimals = self.session.probed
-        self._columns = self.sets.columns(task, self.device)
-        self._check_budget(self._apis[task].name, self._rows(batch))
-
-    def _check_budget(self, api: str, rows: dict[str, int]) -> None:
-        """Refuse a budget that does not last for one iteration; later on a budget that has ended is no mistake."""
-        remaining = self.ledger.remaining(api)
-        if self.ledger.spent() or remaining is None or remaining >= sum(rows.values()):
-            return
-        parts = " + ".join(f"{count} {purpose}" for purpose, count in rows.items())
-        raise ValueError(
-            f"an iteration asks API {api!r} for {sum(rows.values())} rows ({parts}), but only {remaining} are left: "
-            "raise budget or budget_per_api, or lower num_directions, student_steps or the batch sizes"
-        )
-
-    def _probe_images(self, task: int, batch: Any) -> Tensor:
-        self._check_budget(self._apis[task].name, {"probe": _PROBED, **self._rows(batch)})
-        rng = torch.Generator(self.device).manual_seed(mix(run_seed(self.seed), task))
-        return torch.randn(_PROBED, *self.image_shape, generator=rng, device=self.device).tanh()
-
-    def _rows(self, batch: Any) -> dict[str, int]:
-        """Rows that an iteration on a batch asks for, by purpose; real images only where there is a budget."""
-        rows = self.queries()
-        if self.distill_real and batch.images is not None and (self.ledger.total or self.ledger.per_api):
-            rows["real"] = self.real.unseen(batch.images.float())
-        return rows
-
-    def queries(self) -> dict[str, int]:
-        """Rows that an iteration asks for, by purpose, per process; real images come on top, once each."""
-        if not self.asks:
-            return {}
-        trained = 0 if self.method == "frozen_generator" else len(self.generators)
-        mode = self.gen_grad if self.session is None else self.session.gen_grad
-        m = int(self._estimator["num_directions"])
-        rows = (2 if self._estimator["central"] else 1) * m + 1 if mode == "zo" else 1
-        return queries_per_iteration(
-            trained, self.generator_steps, self.generator_batch_size, rows, self.student_steps,
-            self.student_batch_size, self.reuse_base,
-        )  # fmt: skip
-
-    def _may_go_on(self, batch: Any) -> bool:
-        if not self.asks or self.exhausted or self.ledger.on_exhausted == "raise":
-            return not self.exhausted
-        assert self.session is not None
-        short = not self.session.allows(sum(self._rows(batch).values()))
-        if self.world > 1 and (self.ledger.total or self.ledger.per_api):
-            # All processes stop together.
-            flag = torch.tensor(float(short), device=self.device)
-            short = bool(self.trainer.strategy.reduce(flag, reduce_op="sum") > 0)
-        if short:
-            self._stop_task(f"{self.ledger.remaining(self.session.api.name)} rows are left")
-        return not short
-
-    def _stop_task(self, why: str) -> None:
-        self.exhausted = True
-        rank_zero_warn(f"task {self.task} ends after {self.done} iterations, as the budget of queries does: {why}")
 
     def look(self, images: Tensor, task: int) -> Tensor | None:
         """Responses of a task's API, if it is a local one: to measure agreement, not counted."""

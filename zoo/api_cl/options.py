@@ -96,7 +96,7 @@ def learning_rate_factor(schedule: str, step: int, steps: int) -> float:
     if schedule == "cosine":
         import math
 
-        return 0.5 * (1 + math.cos(math.pi * step / steps))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     return 1.0
 
 

@@ -97,6 +97,30 @@ class StreamEvaluation(LightningModule):
             learnt = found[kind][: self.last_task + 1]
             self.log(f"val/{kind}/acc", sum(learnt) / len(learnt), prog_bar=kind == "til", rank_zero_only=False)
 
+    @torch.no_grad()
+    def fill_row(self, task: int) -> None:
+        """Measure the row of a task that has ended, where a run went on from its last step and validated no more.
+
+        Args:
+            task: The task.
+        """
+        loaders = self.trainer.val_dataloaders
+        if not self.matrices["til"].matrix[task].isnan().all() or not isinstance(loaders, (list, tuple)):
+            return
+        metric = self.accuracy["val"]
+        assert isinstance(metric, StreamAccuracy)
+        training = self.learner.training
+        self.learner.eval()
+        for place, loader in enumerate(loaders):
+            for batch in loader:
+                moved = self.trainer.strategy.batch_to_device(batch, self.device)
+                metric.update(self.learner(moved.images), moved.labels, place, task)
+        found = metric.compute()
+        metric.reset()
+        self.learner.train(training)
+        for kind in KINDS:
+            self.matrices[kind].add_row(task, found[kind])
+
     def _keep_fidelity(self, found: dict[str, list[float]]) -> None:
         for name in ("fidelity", "api"):
             values = [value for value in found[name] if value == value]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zoo.api_cl.ledger import QueryLedger
     from zoo.api_cl.memory import ReplayMemory
 
-_FIELDS = ("task", "iterations", "done", "exhausted", "decimals")
+_FIELDS = ("task", "iterations", "done", "exhausted", "decimals", "precisions")
 
 
 class StreamState(StreamEvaluation):
@@ -30,6 +30,7 @@ class StreamState(StreamEvaluation):
         done: Iterations that it had.
         exhausted: Whether its budget ended it.
         decimals: To which its API rounds, as a probe found; -1 for not at all.
+        precisions: The same for all tasks so far.
     """
 
     ledger: QueryLedger
@@ -44,6 +45,8 @@ class StreamState(StreamEvaluation):
         """Begin with nothing learnt."""
         self.ledger, self.memory, self.real = ledger, memory, RealImages()
         self.session: APISession | None = None
+        self.precisions: dict[int, int] = {}
+        self.resumed = False
         self._of_ranks: list[dict[str, Any]] | None = None
 
     @property
@@ -123,7 +126,7 @@ class StreamState(StreamEvaluation):
                     f"it cannot go on with {self.world}. Set --trainer.devices {len(self._of_ranks)}."
                 )
             self._take(self._of_ranks[self.global_rank])
-            self._of_ranks = None
+            self._of_ranks, self.resumed = None, True
         self.memory.to(self.device)
 
     def _take(self, state: dict[str, Any]) -> None:

@@ -92,8 +92,20 @@ class StreamTraining(StreamState):
         if self.asks and 3 * step >= self.iterations:
             for images, probs in synthetic:
                 self.memory.offer(images, probs, task, self._rng)
+        self._share_statistics()
         self.history.setdefault("loss", []).append(loss.cpu())
         return loss
+
+    @torch.no_grad()
+    def _share_statistics(self) -> None:
+        """Give all processes the same running statistics: DDP does not, under manual optimization."""
+        found = (*self.learner.buffers(), *self.generators.buffers())
+        buffers = [buffer for buffer in found if buffer.is_floating_point()]
+        if self.world == 1 or not buffers:
+            return
+        flat = self._mean_over_ranks(torch.cat([buffer.flatten() for buffer in buffers]))
+        for buffer, part in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def _generator_step(self, optimizers: Sequence[Optimizer]) -> tuple[Tensor, Tensor]:
         session = self.session
@@ -157,7 +169,7 @@ class StreamTraining(StreamState):
         optimizer: Optimizer,
         last: bool,
     ) -> Tensor:
-        seen = StudentBatch(memory=self._remembered())
+        seen = StudentBatch(memory=self._remembered(), decimals=self.precisions)
         if len(synthetic[0]):
             seen.images, seen.probs = synthetic
         if real is not None:
@@ -190,7 +202,9 @@ class StreamTraining(StreamState):
     def _descend(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Set the gradients, averaged over the processes."""
         # Not manual_backward: DDP's hooks would wait for the parameters of the other networks.
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.autocast(self.device.type, enabled=False):
+            # A backward pass takes the precision of its forward pass, and no other on top.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         found = [
             torch.zeros_like(p) if gradient is None else gradient
             for p, gradient in zip(parameters, gradients, strict=True)

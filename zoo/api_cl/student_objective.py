@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from zoo.api_cl.gaps import ResponseGap
     from zoo.api_cl.memory import MemoryRows
@@ -94,7 +94,13 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, allowed: Tensor) -> Ten
 
 
 def distillation(
-    probs: Tensor, logits: Tensor, sets: ClassSets, task: int, gap: ResponseGap, target: str = "masked"
+    probs: Tensor,
+    logits: Tensor,
+    sets: ClassSets,
+    task: int,
+    gap: ResponseGap,
+    target: str = "masked",
+    decimals: int | None = None,
 ) -> Tensor:
     """Mean response gap of a batch of the task's API, L_new.
 
@@ -106,14 +112,15 @@ def distillation(
         gap: The gap.
         target: "masked", over the API's own classes; "padded" (an ablation): the response says 0 for all earlier
             classes, which asserts of an image that it is none of them.
+        decimals: To which the API rounds.
     """
     columns = sets.columns(task, logits.device)
     if target == "masked":
-        return gap(probs, logits[:, columns]).mean()
+        return gap(probs, logits[:, columns], decimals).mean()
     seen = sets.seen(task, logits.device)
     padded = probs.new_zeros(len(probs), sets.num_classes)
     padded[:, columns] = probs
-    return gap(padded[:, seen], logits[:, seen]).mean()
+    return gap(padded[:, seen], logits[:, seen], decimals).mean()
 
 
 def replay(
@@ -123,6 +130,7 @@ def replay(
     task: int,
     gap: ResponseGap,
     scenario: str = "til",
+    decimals: Callable[[int], int | None] | None = None,
 ) -> Tensor:
     """Mean loss over remembered images, L_mem: stored responses are imitated, labels of real images are learnt.
 
@@ -133,13 +141,16 @@ def replay(
         task: The present task.
         gap: The gap.
         scenario: What real images compete with, see `ClassSets.allowed`.
+        decimals: By task, to which its API rounds.
     """
     total, count = logits[0].new_zeros((), dtype=torch.float32), 0
     for group, scores in zip(rows, logits, strict=True):
         if group.real:
             loss = masked_cross_entropy(scores, group.labels, sets.allowed(group.labels, scenario, task))
         else:
-            loss = gap(group.responses, scores[:, sets.columns(group.task, scores.device)]).mean()
+            columns = sets.columns(group.task, scores.device)
+            rounded = None if decimals is None else decimals(group.task)
+            loss = gap(group.responses, scores[:, columns], rounded).mean()
         total, count = total + loss * len(scores), count + len(scores)
     return total / count
 

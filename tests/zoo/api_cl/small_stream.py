@@ -26,6 +26,8 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:.*it is recommended to use `Trainer\\(devices=1"),
     pytest.mark.filterwarnings("ignore:.*logging interval.*"),
     pytest.mark.filterwarnings("ignore:.*sync_dist=True.*"),
+    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 """Marks of tests of whole streams; the filters are for what Lightning says of small runs."""
 

@@ -245,3 +245,39 @@ def test_a_copied_ledger_counts_for_itself():
 def test_what_a_ledger_cannot_count_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rows_asked_together_may_be_counted_under_two_purposes():
+    ledger = QueryLedger(per_api=30)
+    spend(ledger, "a", "gen_dirs", 12)
+    spend(ledger, "a", "student", 3)
+    spend(ledger, "b", "gen_dirs", 5)
+    ledger.reassign("a", "gen_dirs", "gen_base", 4)
+    ledger.reassign("a", "gen_dirs", "student", 0)
+    first, second = ledger.summary()
+    assert {name: first[name] for name in PURPOSES} == {
+        "gen_base": 4, "gen_dirs": 8, "student": 3, "real": 0, "probe": 0,
+    }  # fmt: skip
+    assert (second["gen_dirs"], second["gen_base"]) == (5, 0)
+    assert (ledger.spent("a"), ledger.spent(), ledger.remaining("a")) == (15, 20, 15)
+    ledger.reassign("a", "gen_dirs", "gen_base", 8)
+    assert ledger.summary()[0]["gen_dirs"] == 0 and ledger.spent("a") == 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a", "gen_dirs", "gen_base", 13), "13 rows cannot move from 'gen_dirs': 12 were spent on it"),
+        (("a", "gen_dirs", "gen_base", -1), "-1 rows cannot move"),
+        (("b", "gen_dirs", "gen_base", 1), "1 rows cannot move from 'gen_dirs': 0 were"),
+        (("a", "gen_dir", "gen_base", 1), "purpose must be one of .* got 'gen_dir'"),
+        (("a", "gen_dirs", "base", 1), "purpose must be one of .* got 'base'"),
+    ],
+)
+def test_rows_that_were_not_spent_cannot_be_reassigned(arguments, message):
+    ledger = QueryLedger()
+    spend(ledger, "a", "gen_dirs", 12)
+    before = ledger.summary()
+    with pytest.raises(ValueError, match=message):
+        ledger.reassign(*arguments)
+    assert ledger.summary() == before
