@@ -45,15 +45,15 @@ def test_threads_together_stay_below_the_rate() -> None:
             with lock:
                 sent.append(time.monotonic())
 
+    start = time.monotonic()
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    times = sorted(sent)
     # 12 requests of 4 rows: the last one starts when 11 are paid.
-    assert times[-1] - times[0] >= 11 * 4 / 200 - 0.02
-    assert len(times) == 12
+    assert max(sent) - start >= 11 * 4 / 200 - 0.01
+    assert len(sent) == 12
 
 
 def test_the_stricter_limit_counts() -> None:
@@ -85,7 +85,8 @@ def test_a_pause_holds_all_threads_and_can_grow_meanwhile() -> None:
     timer.start()
     start = time.monotonic()
     waited = pacer.wait(1, stop)
-    assert time.monotonic() - start == pytest.approx(waited, abs=0.05)
+    # A busy machine makes it longer only.
+    assert time.monotonic() - start >= waited - 0.01
     assert waited >= 0.22
     timer.join()
 
