@@ -273,7 +273,8 @@ def compare(
     return {
         "title": f"{name}: accuracy by method and task",
         "command": f"python -m studies.merging.compare --config {config.relative_to(ROOT)} --name {name}"
-        + (f" --surgery_rank {surgery_rank}" if surgery_rank != 16 else ""),
+        + (f" --surgery_rank {surgery_rank}" if surgery_rank != 16 else "")
+        + (f" --surgery_steps {surgery_steps}" if surgery_steps != 1000 else ""),
         "config": yaml.safe_load(config.read_text(encoding="utf-8")),
         "seeds": list(seeds),
         "summary": summary,

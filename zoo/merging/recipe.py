@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from filelock import FileLock
+from torch.nn import functional as F
 
 from zoo.common.reproducibility import mix
 from zoo.merging.expert_folder import is_expert_folder, read_expert_folder, write_expert_folder
@@ -21,10 +22,13 @@ from zoo.merging.finetune import WarmupCosine, build_optimizer, task_losses
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from zoo.merging.backbones import ImageEncoder
     from zoo.merging.expert_folder import ExpertFolder
+
+
+_MAY_BE_ZERO = ("joint_epochs", "weight_decay", "warmup_steps", "pretrain_epochs", "shift")
 
 
 class SupervisedData(Protocol):
@@ -53,6 +57,7 @@ class Recipe:
         weight_decay: AdamW's.
         warmup_steps: Steps of linear warm-up.
         clip: Bound of the gradient's norm.
+        shift: Images are moved by up to so many pixels either way, each anew in every batch.
     """
 
     pretrain_epochs: int = 30
@@ -65,6 +70,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     clip: float = 1.0
+    shift: int = 0
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Recipe:
@@ -80,7 +86,7 @@ class Recipe:
         recipe = cls(**options)
         for field in fields(cls):
             name, value = field.name, getattr(recipe, field.name)
-            least = 0 if name in ("joint_epochs", "weight_decay", "warmup_steps", "pretrain_epochs") else None
+            least = 0 if name in _MAY_BE_ZERO else None
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"recipe: {name} must be a number, got {value!r}")
             if isinstance(field.default, int) and not isinstance(value, int):
@@ -178,7 +184,9 @@ def _fit(
         loader.sampler.set_epoch(epoch)
         for batches in loader:
             moved = {
-                task: batch._replace(images=batch.images.to(device), labels=batch.labels.to(device))
+                task: batch._replace(
+                    images=shifted(batch.images, recipe.shift).to(device), labels=batch.labels.to(device)
+                )
                 for task, batch in batches.items()
             }
             loss = torch.stack(list(task_losses(encoder, heads, moved, feature_fn).values())).sum()
@@ -187,6 +195,23 @@ def _fit(
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             scheduler.step()
+
+
+def shifted(images: Tensor, most: int) -> Tensor:
+    """Each image moved by its own random number of rows and columns; its edge fills what becomes empty.
+
+    Args:
+        images: `(B, c, h, w)`, on the CPU.
+        most: Largest number either way.
+    """
+    if not most:
+        return images
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (most, most, most, most), mode="replicate")
+    top, left = torch.randint(2 * most + 1, (2, len(images), 1))
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    image = torch.arange(len(images))[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class _bar:  # noqa: N801 - a context manager in place of a function

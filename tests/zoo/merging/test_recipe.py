@@ -12,7 +12,7 @@ from tests.zoo.merging.small_experts import CLASSES, QUIET, SIZE, TASKS, encoder
 from zoo.merging import AdaMerging, MergedClassifier, RepresentationSurgery, load_heads
 from zoo.merging.backbones import build_encoder
 from zoo.merging.finetune import prototype_heads
-from zoo.merging.recipe import Recipe, train_experts
+from zoo.merging.recipe import Recipe, shifted, train_experts
 
 pytestmark = QUIET
 
@@ -169,3 +169,27 @@ def test_the_key_tells_settings_and_context_apart():
     others = [recipe.key("a", [2]), recipe.key("a"), Recipe.from_options({**FEW, "lr": 1e-4}).key("a", [1])]
     assert len({recipe.key("a", [1]), *others}) == 4
     assert Recipe.from_options({}) == Recipe()
+
+
+def test_shifted_images_are_windows_of_the_padded_one():
+    images = torch.rand(40, 3, 5, 6)
+    moved = shifted(images, 2)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    found = set()
+    for image, result in zip(padded, moved, strict=True):
+        places = [
+            (top, left) for top in range(5) for left in range(5)
+            if torch.equal(image[:, top : top + 5, left : left + 6], result)
+        ]  # fmt: skip
+        assert len(places) == 1
+        found.add(places[0])
+    assert {0, 4} <= {top for top, _ in found} and {0, 4} <= {left for _, left in found} and len(found) > 15
+    assert shifted(images, 0) is images
+
+
+def test_shifts_change_what_is_learnt_and_are_the_same_every_time(tmp_path):
+    plain, moved, again = (
+        weights_of(train(tmp_path / name, {**FEW, "shift": shift})) for name, shift in (("a", 0), ("b", 1), ("c", 1))
+    )
+    assert all(equal(moved[name], again[name]) for name in moved)
+    assert not any(equal(moved[name], plain[name]) for name in moved)
