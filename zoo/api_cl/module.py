@@ -7,11 +7,12 @@ a documented reconstruction.
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.api_cl.api_session import look, shared_ledger
@@ -42,6 +43,8 @@ from zoo.common.reproducibility import mix, run_seed
 
 if TYPE_CHECKING:
     from zoo.api_cl.black_box import BlackBoxAPI
+
+log = logging.getLogger(__name__)
 
 
 class APIStreamCL(StreamTasks):
@@ -315,7 +318,7 @@ class APIStreamCL(StreamTasks):
             )
         epochs = self.trainer.max_epochs
         if self.trainer.max_steps == -1 and epochs is not None and 0 < epochs < len(self.sets):
-            rank_zero_info(f"max_epochs={epochs} ends before the stream of {len(self.sets)} tasks: an epoch is a task")
+            log.info(f"max_epochs={epochs} ends before the stream of {len(self.sets)} tasks: an epoch is a task")
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One iteration: rounds of the generators, then steps of the learner.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from zoo.common.artifacts import log_figure
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from zoo.merging.weights import Source
+
+log = logging.getLogger(__name__)
 
 MERGES = ("weight_average", "task_arithmetic", "magnitude_merge", "ties_merge", "dare_merge")
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel")
@@ -175,11 +177,11 @@ class MergeOnFitEnd(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge and write."""
         if getattr(trainer, "fast_dev_run", False):
-            rank_zero_info(f"fast_dev_run: {self._out} is not written.")
+            log.info(f"fast_dev_run: {self._out} is not written.")
             return
         if trainer.is_global_zero:
             self._merge(self._pretrained, self._all(pl_module), out=self._out, **self._options)
-            rank_zero_info(f"Merged {', '.join([*self._experts, self._task])}: {self._out}")
+            log.info(f"Merged {', '.join([*self._experts, self._task])}: {self._out}")
         trainer.strategy.barrier("merged")
 
     def _all(self, pl_module: LightningModule) -> dict[str, Source]:

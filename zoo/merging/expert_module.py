@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from zoo.common.reproducibility import run_seed
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from zoo.merging.layers import LayerFn
     from zoo.merging.task_vectors import TaskVectorStore
     from zoo.merging.weights import KeyMap
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _HEAD_SCALE = 16.0
@@ -261,7 +263,7 @@ class ExpertModule(TaskEvaluation):
         # Beside the folders of runs: later runs of any module find them there.
         places = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
         root = Path(places[0] if places else self.trainer.default_root_dir) / "experts" / key
-        rank_zero_info(f"Base and experts: {root}")
+        log.info(f"Base and experts: {root}")
         self._folder = train_experts(
             root,
             _as_image_encoder(self.encoder),

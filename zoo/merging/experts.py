@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+log = logging.getLogger(__name__)
 
 MODES = ("joint", "separate")
 
@@ -144,14 +146,14 @@ class TaskExperts(TaskEvaluation):
             experts = ((task, self.encoder_of(task)) for task in self.task_names)
             about = {"encoder": self.hparams["encoder"], "lr": self.lr, "steps": self.trainer.global_step}
             write_expert_folder(folder / "experts", self._base[0], experts, heads, about=about)
-            rank_zero_info(f"Experts: {folder / 'experts'}")
+            log.info(f"Experts: {folder / 'experts'}")
             return
         from zoo.merging.backbones import save_encoder
         from zoo.merging.heads import save_heads
 
         save_encoder(self.encoder_of(self.task_names[0]), folder / "encoder")
         save_heads(folder / "heads.safetensors", heads)
-        rank_zero_info(f"Encoder: {folder / 'encoder'}, heads: {folder / 'heads.safetensors'}")
+        log.info(f"Encoder: {folder / 'encoder'}, heads: {folder / 'heads.safetensors'}")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine decay over the whole training."""

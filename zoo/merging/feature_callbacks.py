@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -20,6 +20,8 @@ from zoo.merging.figures import plot_bias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
 
 INDIVIDUAL = "individual"
 
@@ -243,7 +245,7 @@ class _Experts:
             task = list(self.networks)[dataloader_idx]
         if task not in self.networks and task not in self._said:
             self._said.add(task)
-            rank_zero_info(f"There is no expert of {task}: its features are not compared.")
+            log.info(f"There is no expert of {task}: its features are not compared.")
         return task if task in self.networks else None
 
     @torch.no_grad()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from zoo.merging.backbones import build_encoder
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from zoo.merging.weights import Weights
 
+log = logging.getLogger(__name__)
 
 _CALIBRATION_BATCHES = 64
 
@@ -121,7 +122,7 @@ class MergingModule(ExpertModule):
             model=self._merged_part[0],
         )
         self.prefix = find_prefix(self.encoder, store.param_names)
-        rank_zero_info(
+        log.info(
             f"{len(store.task_names)} experts, {store.num_parameters:,} merged parameters in {len(store.layer_names)} "
             f"layers; cosines between task vectors up to {_largest_cosine(store):.2f}"
         )
@@ -225,7 +226,7 @@ class MergingModule(ExpertModule):
         for task, inputs in batch.items():
             if has_labels(inputs) and task not in self._said:
                 self._said.add(task)
-                rank_zero_info(f"Labels in the batches of {task} are dropped: adaptation never looks at them.")
+                log.info(f"Labels in the batches of {task} are dropped: adaptation never looks at them.")
 
     def groups(self) -> Mapping[str, Sequence[str]]:
         """Seen and unseen tasks, where some are unseen."""

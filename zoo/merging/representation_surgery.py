@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -25,6 +25,8 @@ from zoo.merging.task_model import TaskModel, task_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
 
 SURGERIES = ("lowrank", "linear", "shift")
 DEPTHS = ("last", "all")
@@ -200,7 +202,7 @@ class RepresentationSurgery(MergingModule):
         )
         if self.strict_fingerprint:
             raise ValueError(f"{text}, or accept it with strict_fingerprint=False")
-        rank_zero_info(text)
+        log.info(text)
 
     def _fill_cache(self) -> None:
         data = getattr(self.trainer, "datamodule", None)

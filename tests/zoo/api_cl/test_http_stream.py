@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import time
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 import torch
-import uvicorn
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.zoo.api_cl.failing_server import FailingApp, Failure, quick_services  # noqa: F401
+from tests.zoo.api_cl.failing_server import quick_services  # noqa: F401
+from tests.zoo.api_cl.service_process import serve_counted, unreliable
 from tests.zoo.api_cl.small_stream import (
     ITERATIONS,
     QUIET,
@@ -31,11 +30,13 @@ from tests.zoo.api_cl.small_stream import (
     stream,
     weights,
 )
-from zoo.api_cl import HTTPAPI, APIResponseError, ModuleAPI, classifier_app
+from zoo.api_cl import HTTPAPI, APIResponseError, ModuleAPI
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.zoo.api_cl.failing_server import Failure
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("quick_services")]
 ROWS = 2 * 2 * 6 + 2 * 12
@@ -43,29 +44,14 @@ SERVED = 1
 """The task whose service is remote."""
 
 
-class Told(FailingApp):
-    """Tells how many rows reached the app."""
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] == "/rows":
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": f"{self.rows} {self.posts}".encode()})
-            return
-        await super().__call__(scope, receive, send)
-
-
-def _serve(listener: socket.socket, always: Callable[[int], Failure | None]) -> None:
-    app = Told(classifier_app(network(SERVED), TASKS[SERVED], SHAPE), always=always)
-    config = uvicorn.Config(app, lifespan="off", log_config=None, log_level="critical", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
-
-
 @contextmanager
-def another_process(port: int = 0, always: Callable[[int], Failure | None] = lambda number: None) -> Iterator[Any]:
+def another_process(port: int = 0, always: Callable[[int], Failure | None] | None = None) -> Iterator[Any]:
     """A service in a process of its own: its URL and the process."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        process = multiprocessing.get_context("fork").Process(target=_serve, args=(listener, always), daemon=True)
+        # Not forked: nothing of what other tests left behind is in a fresh process.
+        arguments = (listener, network(SERVED), TASKS[SERVED], SHAPE, always)
+        process = multiprocessing.get_context("spawn").Process(target=serve_counted, args=arguments, daemon=True)
         process.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
@@ -99,13 +85,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Any:
         assert isinstance(model, torch.nn.Module)
         fit(tmp_path_factory.mktemp("local"), model)
     return model
-
-
-def unreliable(number: int) -> Failure | None:
-    draw = random.Random(number)
-    if draw.random() < 0.05:
-        return Failure(503)
-    return Failure(delay=0.01 * draw.random())
 
 
 def test_a_remote_service_teaches_what_the_same_network_at_hand_does(tmp_path, local):
