@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from zoo.common.command import CommandParser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +21,6 @@ its binary extension) and in TensorFlow Serving's (/v1/models/NAME:predict). In 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with the mistake alone."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one paragraph and exit with status 2."""
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -39,17 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with parser.explaining():
         _serve(options)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("ZOO_DEBUG"):
-            raise
-        parser.error(" ".join(str(error).split()) or type(error).__name__)
 
 
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m zoo.api_cl", description=_DESCRIPTION, formatter_class=layout, allow_abbrev=False)
+    parser = CommandParser("python -m zoo.api_cl", description=_DESCRIPTION, formatter_class=layout, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve")
     serve = commands.add_parser(
         "serve", help="answer images over HTTP", description=_DESCRIPTION, formatter_class=layout, allow_abbrev=False

@@ -94,7 +94,7 @@ class BlackBoxAPI(ABC):
         self.max_batch = max_batch
         self.cache_rows = cache_rows
         self.ledger = ledger
-        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_lock = threading.Lock()
 
     def query(self, images: Tensor, purpose: str) -> Tensor:
@@ -225,12 +225,12 @@ class BlackBoxAPI(ABC):
             raise APIResponseError(str(error)) from error
 
     def _query_cached(self, images: Tensor, purpose: str) -> Tensor:
-        keys = _content_keys(images)
+        keys = content_keys(images)
         with self._cache_lock:
             known = {key: self._cache[key] for key in keys if key in self._cache}
             for key in known:
                 self._cache.move_to_end(key)
-        first: dict[bytes, int] = {}
+        first: dict[str, int] = {}
         for row, key in enumerate(keys):
             if key not in known:
                 first.setdefault(key, row)
@@ -256,7 +256,7 @@ def _shape(name: str, input_shape: Sequence[int] | None) -> tuple[int, int, int]
     return c, h, w
 
 
-def _content_keys(images: Tensor) -> list[bytes]:
-    """A digest of each image, by which the cache knows it."""
+def content_keys(images: Tensor) -> list[str]:
+    """A digest of each image `(N, ...)`, by which it is known again."""
     rows = images.detach().cpu().contiguous().flatten(1).numpy()
-    return [blake2b(row, digest_size=16).digest() for row in rows]
+    return [blake2b(row, digest_size=16).hexdigest() for row in rows]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zoo.api_cl.generator_objective import entropy
 from zoo.api_cl.similarity import similarity_loss
 from zoo.api_cl.student_objective import distillation, learning_without_forgetting, masked_cross_entropy, replay
+from zoo.common.evaluation import evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,12 +39,12 @@ def _same(tensor: Tensor) -> Tensor:
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """A network in eval mode whose parameters collect no gradient; as it was afterwards."""
-    training, wanted = network.training, [parameter.requires_grad for parameter in network.parameters()]
-    network.eval().requires_grad_(False)
+    wanted = [parameter.requires_grad for parameter in network.parameters()]
+    network.requires_grad_(False)
     try:
-        yield
+        with evaluation(network):
+            yield
     finally:
-        network.train(training)
         for parameter, want in zip(network.parameters(), wanted, strict=True):
             parameter.requires_grad_(want)
 

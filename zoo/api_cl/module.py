@@ -39,6 +39,7 @@ from zoo.api_cl.stream_tasks import StreamTasks
 from zoo.api_cl.student_objective import CIL_TARGETS, SCENARIOS, ClassSets
 from zoo.api_cl.zeroth_order import ZerothOrderGradient
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.hyperparameters import plain_hyperparameters
 from zoo.common.reproducibility import mix, run_seed
 
 if TYPE_CHECKING:
@@ -186,8 +187,7 @@ class APIStreamCL(StreamTasks):
     ) -> None:
         sets = ClassSets(task_classes, num_classes)
         super().__init__(sets, task_names)
-        given = [name for name, value in (("model", model), ("apis", apis)) if not _plain(value)]
-        self.save_hyperparameters(ignore=given)
+        self.save_hyperparameters(ignore=plain_hyperparameters({"model": model, "apis": apis}))
         for name, value, allowed in (
             ("method", method, METHODS),
             ("scenario", scenario, SCENARIOS),
@@ -379,12 +379,3 @@ class APIStreamCL(StreamTasks):
         """Close the APIs' connections."""
         for api in self._apis:
             api.close()
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value may stand in a checkpoint."""
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))

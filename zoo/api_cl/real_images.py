@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from zoo.api_cl.black_box import content_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ class RealImages:
 
     def unseen(self, images: Tensor) -> int:
         """How many distinct images of a batch `(b, c, h, w)` were not there before: what `add` would ask for."""
-        return len(set(_keys(images.detach().cpu().contiguous())) - self._places.keys())
+        return len(set(content_keys(images)) - self._places.keys())
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor, ask: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
@@ -52,7 +53,7 @@ class RealImages:
             The responses of the whole batch, `(b, C)` on its device, or None without `ask`.
         """
         rows = images.detach().cpu().contiguous()
-        keys = _keys(rows)
+        keys = content_keys(rows)
         new = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._places}
         if new:
             index = sorted(new.values())
@@ -96,8 +97,3 @@ class RealImages:
             self._places = {key: place for place, key in enumerate(state["keys"])}
             self._images, self._labels = list(state["images"]), list(state["labels"])
             self._responses = [] if state["responses"] is None else list(state["responses"])
-
-
-def _keys(rows: Tensor) -> list[str]:
-    """A digest of each image."""
-    return [blake2b(row.numpy().tobytes(), digest_size=16).hexdigest() for row in rows]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.api_cl.continual_metrics import ContinualMetrics
 from zoo.api_cl.stream_accuracy import StreamAccuracy
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.evaluation import evaluation
 from zoo.common.predictions import PredictionFile
 
 if TYPE_CHECKING:
@@ -109,15 +110,13 @@ class StreamEvaluation(LightningModule):
             return
         metric = self.accuracy["val"]
         assert isinstance(metric, StreamAccuracy)
-        training = self.learner.training
-        self.learner.eval()
-        for place, loader in enumerate(loaders):
-            for batch in loader:
-                moved = self.trainer.strategy.batch_to_device(batch, self.device)
-                metric.update(self.learner(moved.images), moved.labels, place, task)
+        with evaluation(self.learner):
+            for place, loader in enumerate(loaders):
+                for batch in loader:
+                    moved = self.trainer.strategy.batch_to_device(batch, self.device)
+                    metric.update(self.learner(moved.images), moved.labels, place, task)
         found = metric.compute()
         metric.reset()
-        self.learner.train(training)
         for kind in KINDS:
             self.matrices[kind].add_row(task, found[kind])
 

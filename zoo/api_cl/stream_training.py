@@ -11,6 +11,7 @@ from zoo.api_cl.game import StudentBatch, generator_round
 from zoo.api_cl.options import learning_rate_factor
 from zoo.api_cl.stream_state import StreamState
 from zoo.api_cl.student_objective import fisher_diagonal
+from zoo.common.evaluation import evaluation
 from zoo.common.reproducibility import mix, run_seed
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class StreamTraining(StreamState):
     def _iterate(self, batch: Any, task: int, step: int) -> Tensor:
         assert self.iterations is not None
         factor = learning_rate_factor(self.schedule, step, self.iterations)
-        *generator_optimizers, student_optimizer = self._optimizers()
-        for optimizer, rate in zip(self._optimizers(), self._rates(), strict=True):
+        optimizers = self._optimizers()
+        *generator_optimizers, student_optimizer = optimizers
+        for optimizer, rate in zip(optimizers, self._rates(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         self.learner.train()
@@ -101,11 +103,9 @@ class StreamTraining(StreamState):
         """Give all processes the same running statistics: DDP does not, under manual optimization."""
         found = (*self.learner.buffers(), *self.generators.buffers())
         buffers = [buffer for buffer in found if buffer.is_floating_point()]
-        if self.world == 1 or not buffers:
-            return
-        flat = self._mean_over_ranks(torch.cat([buffer.flatten() for buffer in buffers]))
-        for buffer, part in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+        if self.world > 1 and buffers:
+            for buffer, mean in zip(buffers, self._means_over_ranks(buffers), strict=True):
+                buffer.copy_(mean)
 
     def _generator_step(self, optimizers: Sequence[Optimizer]) -> tuple[Tensor, Tensor]:
         session = self.session
@@ -185,10 +185,9 @@ class StreamTraining(StreamState):
         if last:
             wrapped = self.optimizers()
             (wrapped[-1] if isinstance(wrapped, list) else wrapped).step()
+            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=1)
         else:
             optimizer.step()
-        if last:
-            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=1)
         return loss.detach()
 
     def _remembered(self) -> list[Any]:
@@ -210,9 +209,7 @@ class StreamTraining(StreamState):
             for p, gradient in zip(parameters, gradients, strict=True)
         ]
         if self.world > 1:
-            flat = self._mean_over_ranks(torch.cat([gradient.flatten() for gradient in found]))
-            sizes = [gradient.numel() for gradient in found]
-            found = [part.view_as(p) for part, p in zip(torch.split(flat, sizes), parameters, strict=True)]
+            found = self._means_over_ranks(found)
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
         if self.clip_norm is not None:
@@ -223,6 +220,12 @@ class StreamTraining(StreamState):
             return tensor
         mean: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
         return mean
+
+    def _means_over_ranks(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of each tensor, in one exchange."""
+        flat = self._mean_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _noise(self, size: int) -> Tensor:
         return torch.randn(size, self.latent_dim, generator=self._rng, device=self.device)
@@ -256,29 +259,24 @@ class StreamTraining(StreamState):
         made = []
         for name, generator in zip(names, self.generators, strict=True):
             if which in ("both", name):
-                training = generator.training
-                made.append(generator.eval()(noise).tanh())
-                generator.train(training)
+                with evaluation(generator):
+                    made.append(generator(noise).tanh())
         return made
 
     def _stored(self, images: Tensor) -> Tensor | None:
         """What is kept with real images: for dark experience replay the learner's logits."""
         if not self.student_objective.derpp:
             return None
-        training = self.learner.training
-        logits = torch.cat([self.learner.eval()(part) for part in torch.split(images, 256)])
-        self.learner.train(training)
-        return logits.float()
+        with evaluation(self.learner):
+            return torch.cat([self.learner(part) for part in torch.split(images, 256)]).float()
 
     def _consolidate(self, task: int) -> None:
         """Note which weights matter: the Fisher information of the task's real images, added to that of the others."""
         images, labels, _ = self.real.tensors(self.device)
         images, labels = images[:512], labels[:512]
-        training = self.learner.training
         allowed = self.sets.allowed(labels, self.scenario, task)
-        with torch.enable_grad():
-            found = fisher_diagonal(self.learner.eval(), images, labels, allowed)
-        self.learner.train(training)
+        with torch.enable_grad(), evaluation(self.learner):
+            found = fisher_diagonal(self.learner, images, labels, allowed)
         self.fisher += self._mean_over_ranks(torch.cat([part.flatten() for part in found.values()]))
         self.anchor.copy_(torch.cat([parameter.flatten() for parameter in self.learner.parameters()]))
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import Adam
 
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.hyperparameters import plain_hyperparameters
 from zoo.merging.coefficient_files import load_coefficients, save_coefficients
 from zoo.merging.constraints import MergingCoefficients
-from zoo.merging.merging_module import MergingModule, plain_hyperparameters
+from zoo.merging.merging_module import MergingModule
 from zoo.merging.objectives import objective as find_objective
 from zoo.merging.transforms import Ties
 

@@ -10,31 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from zoo.common.evaluation import evaluation as evaluating
 from zoo.merging.features import without_labels
 from zoo.merging.merged_model import MergedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
 
 
-@contextmanager
-def evaluation(*models: Callable[..., Any]) -> Iterator[None]:
+def evaluation(*models: Callable[..., Any]) -> AbstractContextManager[None]:
     """Networks in evaluation mode inside the block; every module's own mode comes back after it.
 
     Args:
         models: Networks; what is none is left alone.
     """
     networks = [model.skeleton if isinstance(model, MergedModel) else model for model in models]
-    parts = [part for network in networks if isinstance(network, nn.Module) for part in network.modules()]
-    # One by one: `train()` would put the modules below into the same mode.
-    modes = [(part, part.training) for part in parts]
-    for part in parts:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    return evaluating(*(network for network in networks if isinstance(network, nn.Module)))
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> Callable[..., Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from zoo.common.command import CommandParser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -65,16 +66,6 @@ _METHODS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with the mistake alone."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one paragraph and exit with status 2."""
-        if message.startswith("unrecognized arguments"):
-            message += f"; `{self.prog} --help` shows what there is"
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -88,21 +79,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     # Progress and warnings share a console, or they would write over each other.
     console = Console(stderr=True, highlight=False)
-    try:
-        with _warnings_on(console):
-            if options.command == "merge":
-                _merge(options, console)
-            else:
-                _inspect(options, console)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("ZOO_DEBUG"):
-            raise
-        parser.error(" ".join(str(error).split()) or type(error).__name__)
+    with parser.explaining(), _warnings_on(console):
+        if options.command == "merge":
+            _merge(options, console)
+        else:
+            _inspect(options, console)
 
 
-def _parser() -> _Parser:
+def _parser() -> CommandParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m zoo.merging", description=_DESCRIPTION, formatter_class=layout, allow_abbrev=False)
+    parser = CommandParser(
+        "python -m zoo.merging", description=_DESCRIPTION, formatter_class=layout, allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="merge|inspect")
     merge = commands.add_parser(
         "merge", help="write one model made of several", description=_SOURCES, epilog=_MERGE, formatter_class=layout,

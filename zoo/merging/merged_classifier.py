@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from zoo.merging.merging_module import MergingModule, plain_hyperparameters
+from zoo.common.hyperparameters import plain_hyperparameters
+from zoo.merging.merging_module import MergingModule
 from zoo.merging.rules import RULES, check_rule, merge_by_rule
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from zoo.merging.task_vectors import TaskVectorStore
 from zoo.merging.weights import open_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from zoo.merging.weights import Weights
@@ -254,16 +253,3 @@ class MergingModule(ExpertModule):
 def _largest_cosine(store: TaskVectorStore) -> float:
     cosine = store.cosine()
     return float((cosine - torch.eye(len(cosine))).max())
-
-
-def plain_hyperparameters(values: Mapping[str, Any]) -> list[str]:
-    """Names of arguments that are not plain values, for `save_hyperparameters(ignore=...)`."""
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return all(isinstance(key, str) and plain(inner) for key, inner in value.items())
-        if isinstance(value, (list, tuple)):
-            return all(plain(inner) for inner in value)
-        return value is None or isinstance(value, (str, int, float, bool))
-
-    return [name for name, value in values.items() if not plain(value)]

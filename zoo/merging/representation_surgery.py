@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.hyperparameters import plain_hyperparameters
 from zoo.merging.backbones import ImageEncoder
 from zoo.merging.bias import TaskRepresentationBias, warn_nothing_to_repair
 from zoo.merging.closed_form import LinearSurgery, ShiftSurgery
@@ -18,7 +19,7 @@ from zoo.merging.deep_surgery import DeepSurgery
 from zoo.merging.feature_cache import FeatureCache, TargetCache, feature_pair, fingerprint_of
 from zoo.merging.features import without_labels
 from zoo.merging.merged_model import MergedModel, freeze
-from zoo.merging.merging_module import MergingModule, plain_hyperparameters
+from zoo.merging.merging_module import MergingModule
 from zoo.merging.rules import check_rule, merge_by_rule
 from zoo.merging.surgery import SurgeryBank, surgery_loss
 from zoo.merging.task_model import TaskModel, task_model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.zoo.api_cl.small_networks import SHAPE, backbone, seeded, sharper
 from zoo.api_cl.game import StudentBatch, StudentObjective
 from zoo.api_cl.gaps import ResponseGap
 from zoo.api_cl.memory import MemoryRows
@@ -15,29 +16,7 @@ from zoo.api_cl.networks import Classifier
 from zoo.api_cl.similarity import DebiasedCKA
 from zoo.api_cl.student_objective import ClassSets
 
-SHAPE, SIZE = (1, 4, 4), 16
 SETS = ClassSets([[1, 4], [3, 0], [2, 5]])
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def backbone(width, seed):
-    torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(width)
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE, width), norm, nn.Tanh())
-
-
-def sharper(network):
-    """Responses that differ from image to image."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(2)
-    return network
 
 
 @pytest.fixture
