@@ -31,10 +31,10 @@ from torch import Tensor
 from benchmarks.reference.merging import PlainLayerwiseMerge, PlainSurgery
 from benchmarks.runner import Case, Clock, PeakMemory, Timing, all_threads, report, show, timed, write_records
 from benchmarks.sequence_scaling import resident_bytes
+from zoo.common.pretrained import transformers_library
 from zoo.merging.backbones import build_encoder
 from zoo.merging.feature_cache import FeatureCache
 from zoo.merging.one_shot import dare_merge, task_arithmetic, ties_merge, weight_average
-from zoo.merging.pretrained import transformers_library
 from zoo.merging.safetensors_stream import SafetensorsWriter
 from zoo.merging.surgery import SurgeryBank, surgery_loss
 from zoo.merging.task_vectors import TaskVectorStore

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from datamodules.class_stream_batches import EvalBatch, StreamBatch  # noqa: F401
     from datamodules.classification_batches import ClassificationBatch  # noqa: F401
     from datamodules.classification_tasks import ClassificationTasksData  # noqa: F401
+    from datamodules.cloze import ClozeData, ClozeRows, PairBatch, ReaderBatch, SeparateBatch, SlotBatch  # noqa: F401
+    from datamodules.cloze_text import fill_placeholder  # noqa: F401
     from datamodules.image_tasks import ImageTaskData  # noqa: F401
+    from datamodules.passages import PassageBatch, PassageData  # noqa: F401
     from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
     from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
     from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 DATAMODULES: dict[str, str] = {
     "ClassStreamData": "datamodules.class_stream",
     "ClassificationTasksData": "datamodules.classification_tasks",
+    "ClozeData": "datamodules.cloze",
     "ImageTaskData": "datamodules.image_tasks",
+    "PassageData": "datamodules.passages",
     "SequenceData": "datamodules.sequence",
     "TabularTaskData": "datamodules.tabular_tasks",
 }
@@ -30,23 +35,33 @@ DATAMODULES: dict[str, str] = {
 
 BATCHES: dict[str, str] = {
     "ClassificationBatch": "datamodules.classification_batches",
+    "ClozeRows": "datamodules.cloze",
     "EvalBatch": "datamodules.class_stream_batches",
     "ImageTaskBatch": "datamodules.task_batches",
+    "PairBatch": "datamodules.cloze",
+    "PassageBatch": "datamodules.passages",
+    "ReaderBatch": "datamodules.cloze",
+    "SeparateBatch": "datamodules.cloze",
     "SequenceBatch": "datamodules.sequence",
     "SequenceTable": "datamodules.sequence",
+    "SlotBatch": "datamodules.cloze",
     "StreamBatch": "datamodules.class_stream_batches",
     "TabularTaskBatch": "datamodules.task_batches",
 }
 """What they hand to a model, and where each is defined."""
 
+PARTS: dict[str, str] = {"fill_placeholder": "datamodules.cloze_text"}
+"""Parts for use in any project, and where each is defined."""
+
 __all__ = [  # noqa: PLE0604, RUF100  (the tables above are the list)
     *DATAMODULES,
     *BATCHES,
+    *PARTS,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    path = DATAMODULES.get(name) or BATCHES.get(name)
+    path = DATAMODULES.get(name) or BATCHES.get(name) or PARTS.get(name)
     if path is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
     value = getattr(import_module(path), name)

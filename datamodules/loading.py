@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _MASK = (1 << 64) - 1
+POOL = 50
+"""Batches that are sorted by length together."""
 
 
 class Draw(NamedTuple):
@@ -73,6 +75,8 @@ class KeyedSampler(DistributedSampler[Draw]):
         batch_size: Batch size of one process.
         shuffle: Whether to draw a new order in every epoch.
         order: int64 `(size,)`, the order without shuffling; that of the dataset by default.
+        lengths: int64 `(size,)`. With them a shuffled order has samples of about one length in each global batch:
+            random pools of `POOL` global batches are sorted by length, and the batches shuffled.
         equal: Whether the last batch is equally long on all ranks, as gradients averaged over ranks need it: up to
             `world - 1` samples are left out of an epoch (others in the next, as the order changes). Otherwise every
             sample is there once, and the last batches differ by one sample, or are missing on some ranks.
@@ -95,6 +99,7 @@ class KeyedSampler(DistributedSampler[Draw]):
         *,
         shuffle: bool = False,
         order: Tensor | None = None,
+        lengths: Tensor | None = None,
         equal: bool = False,
         seed: int = 0,
         num_replicas: int | None = None,
@@ -110,6 +115,7 @@ class KeyedSampler(DistributedSampler[Draw]):
             raise ValueError(f"{size} samples cannot be shared by {world} processes: each needs at least one")
         super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size, self.batch_size, self.order, self.equal = size, batch_size, order, equal
+        self.lengths = lengths
         self.first_batch = 0
         self.epoch_length = len(self)
 
@@ -145,7 +151,10 @@ class KeyedSampler(DistributedSampler[Draw]):
     def _batches(self, key: int, first_batch: int) -> Iterator[Draw]:
         order = self.order
         if self.shuffle:
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(key))
+            generator = torch.Generator().manual_seed(key)
+            order = torch.randperm(self.size, generator=generator)
+            if self.lengths is not None:
+                order = bucketed(order, self.lengths, self.num_replicas * self.batch_size, generator)
         elif order is None:
             order = torch.arange(self.size)
         for batch in range(first_batch, len(self)):
@@ -153,8 +162,37 @@ class KeyedSampler(DistributedSampler[Draw]):
             yield Draw(order[low:high], key)
 
 
+def bucketed(order: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """A random order cut into batches of samples of about one length.
+
+    Args:
+        order: int64 `(size,)`, a random order.
+        lengths: int64 `(size,)`, of the samples by their index.
+        batch_size: Samples of a batch.
+        generator: Draws the order of the batches.
+
+    Returns:
+        int64 `(size,)`. Neighbours in `order`, `POOL` batches at a time, are sorted by length; then these batches are
+        shuffled. What fills no batch stays at the end, of any length.
+    """
+    full = len(order) // batch_size
+    # Cut off before the sort: else the longest samples were those that an epoch may leave out.
+    order, rest = order[: full * batch_size], order[full * batch_size :]
+    pools = torch.arange(len(order)) // (POOL * batch_size)
+    # Two stable sorts sort by pool first and by length within it.
+    within = lengths[order].argsort(stable=True)
+    order = order[within[pools[within].argsort(stable=True)]]
+    batches = order.view(full, batch_size)
+    return torch.cat([batches[torch.randperm(full, generator=generator)].flatten(), rest])
+
+
 def training_sampler(
-    size: int, batch_size: int, seed: int | None, trainer: Trainer | None, unit: str = "rows"
+    size: int,
+    batch_size: int,
+    seed: int | None,
+    trainer: Trainer | None,
+    unit: str = "rows",
+    lengths: Tensor | None = None,
 ) -> KeyedSampler:
     """The sampler of a training loader: a new order in every epoch, equal batches on all ranks.
 
@@ -164,8 +202,9 @@ def training_sampler(
         seed: Key of the order; by default the one of `seed_everything`.
         trainer: The Trainer that the loader is for, if any: a resumed run starts in its epoch.
         unit: What samples are called in the log.
+        lengths: int64 `(size,)`; with them the samples of a batch have about one length.
     """
-    sampler = KeyedSampler(size, batch_size, shuffle=True, equal=True, seed=run_seed(seed))
+    sampler = KeyedSampler(size, batch_size, shuffle=True, lengths=lengths, equal=True, seed=run_seed(seed))
     if sampler.left_out:
         log.info("%d of %d %s are left out of each epoch, others each time, so that all processes have equal batches",
                  sampler.left_out, size, unit)  # fmt: skip

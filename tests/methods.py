@@ -90,6 +90,19 @@ STREAM = (
 
 REAL = ("--data.real_fraction", "1")
 
+TINY_TEXT = (
+    "--model.encoder", "tiny",
+    "--model.encoder_options",
+    "{hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 32, max_length: 128, dropout: 0.0}",
+)  # fmt: skip
+CLOZE = ("--data.sample_rows", "192", "--data.tokenizer", "words", "--data.max_length", "128")
+
+
+def cloze(model: str, encode: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a module that answers cloze questions."""
+    return ("--model", model, "--data", "ClozeData", "--data.encode", encode, *CLOZE, *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -130,6 +143,19 @@ METHODS = [
         exact=(*REAL, "--model.method", "classic", "--model.model", "mlp", "--model.student_steps", "1"),
         figures=True,
         tables=True,
+    ),
+    Method(
+        "SummaryMRC",
+        ("--config", str(CONFIGS / "summary_mrc" / "demo.yaml")),
+        small=(*CLOZE, *TINY_TEXT),
+        exact=("--model.dropout", "0"),
+        figures=True,
+        tables=True,
+    ),
+    Method(
+        "MaskedLM",
+        ("--model", "MaskedLM", "--data", "PassageData"),
+        small=("--data.sample_passages", "214", "--data.tokenizer", "words", "--data.max_length", "128", *TINY_TEXT),
     ),
 ]
 """The toy comes first: where it fails, the battery is at fault and not a method."""
@@ -181,6 +207,24 @@ VARIANTS = [
         STREAM[:2],
         small=(*STREAM[2:], *REAL, "--model.method", "ewc", "--model.model", "mlp", "--model.student_steps", "1"),
     ),
+    Method(
+        "SummaryMRC, separate and marked",
+        cloze("SummaryMRC", "separate", *TINY_TEXT, "--data.mark_option", "true", "--model.option_chunk", "2"),
+        exact=("--model.dropout", "0"),
+    ),
+    Method(
+        "SummaryMRC beside the question, by co-attention",
+        cloze("SummaryMRC", "joint", *TINY_TEXT, "--data.mode", "concat", "--model.matcher", "duma"),
+        exact=("--model.dropout", "0"),
+    ),
+    Method("ClozeScorer", cloze("ClozeScorer", "cloze", *TINY_TEXT), figures=True, tables=True),
+    Method(
+        "GAReader",
+        cloze("GAReader", "reader", "--model.embedding_size", "16", "--model.hidden_size", "8"),
+        exact=("--model.dropout", "0"),
+        figures=True,
+        tables=True,
+    ),
     Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
     Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
@@ -199,6 +243,8 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
     "ClassStreamData": ("--data.source", "embedded", "--data.dataset", "digits"),
     "ClassificationTasksData": ("--data.source", "embedded", "--data.seen_tasks", "null"),
     "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
+    "ClozeData": ("--data.source", "embedded", *CLOZE),
+    "PassageData": ("--data.source", "embedded", "--data.sample_passages", "200", *CLOZE[2:]),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""
 
@@ -220,6 +266,8 @@ def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
     settings = model.get("init_args", {})
     if model["class_path"] == "APIStreamCL":
         return ("--model.api_archs", "[mlp]", "--model.api_epochs", "1", "--model.api_folder", "null")
+    if model["class_path"] in ("SummaryMRC", "ClozeScorer", "MaskedLM"):
+        return TINY_TEXT
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     from zoo.merging.surgery import SurgeryModule as SurgeryModule
     from zoo.merging.task_vectors import TaskVectorStore as TaskVectorStore
     from zoo.merging.transforms import Ties as Ties
+    from zoo.summary_mrc.cloze_scorer import ClozeScorer as ClozeScorer
+    from zoo.summary_mrc.ga_reader import GAReader as GAReader
+    from zoo.summary_mrc.masked_lm import MaskedLM as MaskedLM
+    from zoo.summary_mrc.matching import SummaryMatcher as SummaryMatcher
+    from zoo.summary_mrc.metrics import ChoiceAccuracy as ChoiceAccuracy
+    from zoo.summary_mrc.module import SummaryMRC as SummaryMRC
+    from zoo.summary_mrc.reader import GatedAttentionReader as GatedAttentionReader
+    from zoo.summary_mrc.slot_scorer import MaskedSlotScorer as MaskedSlotScorer
     from zoo.ticoserec.augment import TiAugmenter as TiAugmenter
     from zoo.ticoserec.augment import ViewPolicy as ViewPolicy
     from zoo.ticoserec.encoder import SASRecEncoder as SASRecEncoder
@@ -64,12 +72,16 @@ MODELS: dict[str, str] = {
     "APIStreamCL": "zoo.api_cl.module",
     "AdaMerging": "zoo.merging.adamerging",
     "CL4SRec": "zoo.ticoserec.siblings",
+    "ClozeScorer": "zoo.summary_mrc.cloze_scorer",
     "CoSeRec": "zoo.ticoserec.siblings",
+    "GAReader": "zoo.summary_mrc.ga_reader",
+    "MaskedLM": "zoo.summary_mrc.masked_lm",
     "MergedClassifier": "zoo.merging.merged_classifier",
     "MultiTaskModule": "zoo.adatask.module",
     "Popularity": "zoo.ticoserec.popularity",
     "RepresentationSurgery": "zoo.merging.representation_surgery",
     "SASRec": "zoo.ticoserec.sasrec",
+    "SummaryMRC": "zoo.summary_mrc.module",
     "TaskExperts": "zoo.merging.experts",
     "TiCoSeRec": "zoo.ticoserec.module",
 }
@@ -77,19 +89,23 @@ MODELS: dict[str, str] = {
 
 PARTS: dict[str, str] = {
     "AdaTask": "zoo.adatask.optimizer",
+    "ChoiceAccuracy": "zoo.summary_mrc.metrics",
     "ContinualMetrics": "zoo.api_cl.continual_metrics",
     "DebiasedCKA": "zoo.api_cl.similarity",
     "DeepSurgery": "zoo.merging.deep_surgery",
     "EntropyAdaptation": "zoo.merging.mixins",
     "FullRankingMetrics": "zoo.common.ranking",
+    "GatedAttentionReader": "zoo.summary_mrc.reader",
     "HTTPAPI": "zoo.api_cl.http_box",
     "ItemSimilarity": "zoo.ticoserec.similarity",
     "MTAdam": "zoo.adatask.mtadam",
+    "MaskedSlotScorer": "zoo.summary_mrc.slot_scorer",
     "MergedModel": "zoo.merging.merged_model",
     "ModuleAPI": "zoo.api_cl.boxes",
     "QueryLedger": "zoo.api_cl.ledger",
     "ReplayMemory": "zoo.api_cl.memory",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "SummaryMatcher": "zoo.summary_mrc.matching",
     "SurgeryBank": "zoo.merging.surgery",
     "SurgeryModule": "zoo.merging.surgery",
     "TaskDominanceMonitor": "zoo.adatask.callbacks",

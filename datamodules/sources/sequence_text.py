@@ -47,8 +47,12 @@ class Lines(NamedTuple):
     path: Path
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, expected: str = "one line per user: user_id a_1 a_2 ... a_m") -> bytes:
     """The content of a file, unpacked if its name ends in `.gz`.
+
+    Args:
+        path: The file.
+        expected: What a file that is empty should have held.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -63,7 +67,7 @@ def read_bytes(path: Path) -> bytes:
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} is truncated or no gzip file ({error}): copy it again") from error
     if not content.strip():
-        raise ValueError(f"{path} is empty, expected one line per user: user_id a_1 a_2 ... a_m")
+        raise ValueError(f"{path} is empty, expected {expected}")
     return content
 
 

@@ -197,3 +197,43 @@ def test_overfit_batches_repeats_the_same_few_batches(tmp_path: Path) -> None:
 def test_prediction_covers_every_user_once(tmp_path: Path) -> None:
     rows = trainer(tmp_path).predict(Recorder(), SequenceData(sample_users=100, eval_batch_size=32))
     assert sorted(torch.cat(rows).tolist()) == list(range(100))  # type: ignore[arg-type]
+
+
+LENGTHS = (torch.arange(1_003) * 389) % 400
+
+
+def test_bucketed_batches_hold_samples_of_about_one_length_in_a_random_order() -> None:
+    sampler = KeyedSampler(len(LENGTHS), 4, shuffle=True, lengths=LENGTHS, seed=5)
+    batches = [LENGTHS[draw.indices] for draw in sampler]
+    assert sorted(i for batch in drawn(sampler) for i in batch) == list(range(len(LENGTHS)))
+    assert [len(batch) for batch in batches] == [4] * 250 + [3]
+    spread = torch.tensor([int(batch.max() - batch.min()) for batch in batches], dtype=torch.float64)
+    # A pool of 200 samples covers lengths 0..399: neighbours in it differ by 2 on average, three gaps a batch.
+    assert spread.mean() < 10
+    firsts = torch.tensor([int(batch.min()) for batch in batches], dtype=torch.float64)
+    place = torch.arange(len(firsts), dtype=torch.float64)
+    assert abs(torch.corrcoef(torch.stack([firsts, place]))[0, 1]) < 0.2, "short batches must not all come first"
+    sampler.set_epoch(1)
+    assert batches[0].tolist() != LENGTHS[next(iter(sampler)).indices].tolist()
+
+
+def test_bucketed_batches_of_two_ranks_make_those_of_one() -> None:
+    settings = {"shuffle": True, "equal": True, "lengths": LENGTHS, "seed": 2}
+    one = drawn(KeyedSampler(len(LENGTHS), 8, **settings))
+    ranks = [drawn(KeyedSampler(len(LENGTHS), 4, **settings, num_replicas=2, rank=rank)) for rank in range(2)]
+    assert [left + right for left, right in zip(*ranks, strict=True)][:-1] == one[:-1]
+
+
+def test_bucketing_leaves_no_sample_out_of_every_epoch() -> None:
+    lengths = torch.arange(41)
+    ranks = [
+        KeyedSampler(41, 4, shuffle=True, equal=True, lengths=lengths, num_replicas=2, rank=rank) for rank in range(2)
+    ]
+    last, seen = set(), set()
+    for epoch in range(40):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+            seen.update(index for batch in drawn(sampler) for index in batch)
+        last.add(*set(range(41)).difference(*(batch for sampler in ranks for batch in drawn(sampler))))
+    assert seen == set(range(41))
+    assert len(last) > 10, "whatever is left out changes from epoch to epoch"

@@ -1,4 +1,4 @@
-"""The sizes that a model takes from its data."""
+"""The sizes, and other properties, that a model takes from its data."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ DIMENSIONS = (
     "num_numeric",
     "in_channels",
     "image_shape",
+    "num_options",
+    "mode",
+    "encode",
+    "with_passage",
+    "mark_option",
 )
 """Properties of a data module that are handed to the model's argument of the same name."""
 
@@ -92,10 +97,14 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A size as an `int`, lists of sizes, of lists of sizes, of names, of descriptions: what hyperparameters can hold.
+    """A size, a name, a yes or no, lists of sizes, of lists of sizes, of names, of descriptions.
+
+    All of it is what hyperparameters can hold.
 
     A description is a mapping from names to numbers and texts, such as that of a task.
     """
+    if isinstance(value, (str, bool)):
+        return value
     if isinstance(value, (list, tuple)):
         return [
             {str(key): _plain_leaf(leaf, f"{where}[{place}][{key!r}]") for key, leaf in item.items()}

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from zoo.common.pretrained import local_folder, read_config
 from zoo.merging.features import read_features
-from zoo.merging.pretrained import load_image_network, local_folder, read_config
+from zoo.merging.pretrained import load_image_network
 from zoo.merging.tiny_backbones import ResidualMLP, tiny_clip, tiny_vit
 
 if TYPE_CHECKING:

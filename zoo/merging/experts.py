@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from zoo.common.artifacts import run_folder
+from zoo.common.schedules import WarmupCosine, fit_schedule
 from zoo.merging.backbones import ImageEncoder, build_encoder
 from zoo.merging.evaluation import TaskEvaluation
 from zoo.merging.expert_folder import write_expert_folder
 from zoo.merging.features import default_features
-from zoo.merging.finetune import WarmupCosine, build_optimizer, prototype_heads, task_losses
+from zoo.merging.finetune import build_optimizer, prototype_heads, task_losses
 from zoo.merging.heads import as_head, check_head, load_heads
 
 if TYPE_CHECKING:
@@ -125,16 +125,8 @@ class TaskExperts(TaskEvaluation):
         return total
 
     def on_train_start(self) -> None:
-        """Fit the schedule to the length of the training.
-
-        Asked for while the optimizer is built, the length would make Lightning read the data too early: a resumed run
-        would then begin its epoch anew.
-        """
-        self._schedule.total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.lr_schedulers()
-        assert isinstance(scheduler, LambdaLR)
-        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * self._schedule(scheduler.last_epoch)
+        """Fit the schedule to the length of the training."""
+        fit_schedule(self, self._schedule)
 
     def on_fit_end(self) -> None:
         """Write the encoders and heads."""

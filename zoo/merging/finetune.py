@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,8 @@ from zoo.merging.heads import CosineHead, prototypes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from zoo.common.schedules import WarmupCosine
 
 
 def labels_of(batch: Any) -> Tensor:
@@ -73,25 +74,6 @@ def joint_features(
     found = feature_fn(encoder, torch.cat(images))  # type: ignore[arg-type]
     parts = torch.split(found, [len(image) for image in images])  # type: ignore[arg-type]
     return dict(zip(batches, parts, strict=True))
-
-
-class WarmupCosine:
-    """Factor of a learning rate: up to 1 in a straight line, then down to 0 along a cosine.
-
-    Args:
-        warmup_steps: Steps of the way up; at most half of all.
-        total_steps: Steps of the training. May be set later, before the first step.
-    """
-
-    def __init__(self, warmup_steps: int, total_steps: int = 0) -> None:
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
-
-    def __call__(self, step: int) -> float:
-        """The factor of a step."""
-        warmup = min(self.warmup_steps, self.total_steps // 2)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, self.total_steps - warmup))))
 
 
 def build_optimizer(

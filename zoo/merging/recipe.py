@@ -15,9 +15,10 @@ from filelock import FileLock
 from torch.nn import functional as F
 
 from zoo.common.reproducibility import mix
+from zoo.common.schedules import WarmupCosine
 from zoo.merging.expert_folder import is_expert_folder, read_expert_folder, write_expert_folder
 from zoo.merging.features import FeatureFn, default_features
-from zoo.merging.finetune import WarmupCosine, build_optimizer, task_losses
+from zoo.merging.finetune import build_optimizer, task_losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

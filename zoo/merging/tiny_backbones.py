@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.merging.pretrained import transformers_library
+from zoo.common.pretrained import transformers_library
 
 
 class ResidualMLP(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.common.pretrained import load_pretrained, transformers_library
 from zoo.merging.heads import CosineHead, load_heads, save_heads
-from zoo.merging.pretrained import load_pretrained, transformers_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -44,7 +44,11 @@ def test_an_expanded_gradient_is_read_within_its_bounds():
         torch.testing.assert_close(p.detach(), torch.full((6,), -0.2))
 
 
-@pytest.mark.parametrize("options", [{}, {"hook": True}, {"aggregator": torch.clone}, {"low_memory": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hook": True}, {"aggregator": torch.clone}, {"low_memory": True}],
+    ids=["plain", "hook", "aggregator", "low_memory"],
+)
 @pytest.mark.parametrize("last", [False, True])
 def test_channels_last_weights_follow_the_contiguous_ones(options, last):
     options = dict(options)

@@ -26,10 +26,12 @@ class Illustrated(ToyModel):
     def on_test_epoch_end(self) -> None:
         from matplotlib import pyplot
 
+        # Other tests of this process may have left figures open.
+        before = set(pyplot.get_fignums())
         figure, axes = pyplot.subplots()
         axes.plot([0, 1], [1, 0])
         self.figure_path = log_figure(self, self.key, figure)
-        self.open_figures = pyplot.get_fignums()
+        self.open_figures = sorted(set(pyplot.get_fignums()) - before)
         self.table_path = log_table(self, "replies", ["id", "text"], self.rows)
         self.folder = run_folder(self.trainer)
 

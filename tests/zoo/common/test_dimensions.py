@@ -37,6 +37,8 @@ def test_other_tasks_than_those_of_the_checkpoint_are_refused(change):
 def test_lists_and_descriptions_become_plain_values():
     assert plain([torch.tensor(3), 4], "Data.cardinalities") == [3, 4]
     assert plain(["a", "b"], "Data.names") == ["a", "b"]
+    assert plain("fill", "Data.mode") == "fill"
+    assert plain(True, "Data.with_passage") is True
     assert plain((TASK,), "Data.tasks") == [TASK]
 
 

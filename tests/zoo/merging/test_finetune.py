@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,8 @@ from torch import nn
 
 from datamodules import ClassificationBatch
 from tests.zoo.merging.small_experts import CLASSES, encoder, moved
-from zoo.merging.finetune import WarmupCosine, build_optimizer, joint_features, labels_of, prototype_heads, task_losses
+from zoo.common.schedules import WarmupCosine
+from zoo.merging.finetune import build_optimizer, joint_features, labels_of, prototype_heads, task_losses
 
 
 def batch(task, count=5, size=8, seed=0):
@@ -87,18 +86,6 @@ def test_one_encoder_sees_images_of_one_size_in_one_pass_and_others_apart():
     plain = {task: {"images": batch(task).images} for task in CLASSES}
     assert list(joint_features(model, plain)) == list(CLASSES)
     assert model.seen == [5, 5, 5]
-
-
-def test_the_schedule_rises_in_a_line_and_falls_along_a_cosine_to_zero():
-    schedule = WarmupCosine(4, 24)
-    assert [schedule(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert schedule(4) == 1
-    assert schedule(14) == pytest.approx(0.5)
-    assert schedule(9) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    assert schedule(24) == schedule(100) == pytest.approx(0)
-    # A short training has a short warm-up, one of no steps at all does no harm.
-    assert [WarmupCosine(100, 4)(step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert WarmupCosine(100)(0) == 1
 
 
 def test_the_optimizer_is_adamw_with_the_schedule():
