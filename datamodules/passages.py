@@ -300,3 +300,7 @@ class PassageData(LightningDataModule):
     def test_dataloader(self) -> BatchLoader:
         """Test sequences in the order of length, with the same masks each time."""
         return self._eval_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """The test's sequences."""
+        return self._eval_loader("test")

@@ -48,7 +48,9 @@ def build_text_encoder(
             is given and says otherwise; "tiny" needs it.
         pretrained: False for the config of a folder or hub id with fresh weights.
         options: For "tiny" only: `kind` ("bert", "electra", "albert", "roberta" or "deberta-v2"), `hidden_size` (64),
-            `num_layers` (2), `num_heads` (4), `intermediate_size` (128), `max_length` (512), `dropout` (0.1).
+            `num_layers` (2), `num_heads` (4), `intermediate_size` (128), `max_length` (512), `dropout` (0.1),
+            `initializer_range` (0.02, which suits wide networks; a narrow one learns faster from about
+            `hidden_size ** -0.5`).
         head: "base" for the last hidden states, "masked_lm" for a network with a masked language model's head.
         max_length: Longest sequence that will come; None for no check.
         pad_token_id: The tokenizer's, for fresh weights; None for the config's ("tiny": 0).
@@ -178,6 +180,7 @@ def _tiny_config(
     intermediate_size: int = 128,
     max_length: int = 512,
     dropout: float = 0.1,
+    initializer_range: float = 0.02,
     **unknown: Any,
 ) -> Any:
     if unknown:
@@ -210,6 +213,7 @@ def _tiny_config(
         "num_attention_heads": num_heads,
         "intermediate_size": intermediate_size,
         "max_position_embeddings": max_length,
+        "initializer_range": initializer_range,
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
         "pad_token_id": pad,
@@ -296,6 +300,6 @@ def _fit_vocabulary(network: Any, label: str, vocab_size: int | None, resize: bo
     if not resize:
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens, the embedding of {label} has {size}: give the tokenizer that "
-            "belongs to the encoder, or resize=True if tokens were added to it"
+            "belongs to the encoder, or resize=True (on the command line --data.mark_option true) if tokens were added"
         )
     network.resize_token_embeddings(vocab_size, mean_resizing=False)

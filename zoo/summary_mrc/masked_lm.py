@@ -90,16 +90,21 @@ class MaskedLM(LightningModule):
         save_tokenizer(self)
 
     def forward(self, batch: PassageBatch) -> tuple[Tensor, Tensor]:
-        """Loss summed over the masked tokens of a batch, and their number.
+        """Logits `(batch, masked, vocabulary)` at the masked places, and their labels `(batch, masked)`.
 
-        The head runs at the masked places only: with a large vocabulary it costs more than the encoder.
+        The head runs there only: with a large vocabulary it costs more than the encoder. Rows with fewer masked tokens
+        than others have labels of -100 at their ends.
         """
         masked = batch.labels >= 0
         # Wide enough for the row with the most masked tokens; stable, so that the others' places come first, too.
         width = max(1, int(masked.sum(1).max()))
         places = masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
         logits = self.scorer.logits(batch.input_ids, batch.attention_mask, batch.token_type_ids, places)
-        labels = batch.labels.gather(1, places)
+        return logits, batch.labels.gather(1, places)
+
+    def masked_loss(self, batch: PassageBatch) -> tuple[Tensor, Tensor]:
+        """Loss summed over the masked tokens of a batch, and their number."""
+        logits, labels = self(batch)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), (labels >= 0).sum()
 
     def training_step(self, batch: PassageBatch, batch_idx: int) -> Tensor:
@@ -107,7 +112,7 @@ class MaskedLM(LightningModule):
 
         Processes have unequally many of them, and their gradients are averaged: each divides by the mean number.
         """
-        total, count = self(batch)
+        total, count = self.masked_loss(batch)
         share: Tensor = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
         loss: Tensor = total / share.clamp(min=1)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.labels))
@@ -122,7 +127,7 @@ class MaskedLM(LightningModule):
         self._count(batch, self.test_loss)
 
     def _count(self, batch: PassageBatch, metric: MeanMetric) -> None:
-        total, count = self(batch)
+        total, count = self.masked_loss(batch)
         if int(count):
             metric.update(total / count, count)
 
@@ -139,6 +144,14 @@ class MaskedLM(LightningModule):
         metric.reset()
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/perplexity", loss.exp(), prog_bar=True)
+
+    def predict_step(self, batch: PassageBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Masked tokens and the most probable ones in their places: `labels` and `tokens`, int64 `(batch, masked)`.
+
+        Places without a masked token have -100 in both.
+        """
+        logits, labels = self(batch)
+        return {"labels": labels, "tokens": logits.argmax(-1).masked_fill(labels < 0, -100)}
 
     def on_fit_end(self) -> None:
         """Write the network."""

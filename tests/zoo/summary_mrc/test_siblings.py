@@ -184,19 +184,19 @@ def whole_logits(module: Any, batch: PassageBatch) -> Tensor:
 
 def test_the_loss_at_masked_places_is_that_of_the_whole_logits() -> None:
     batch, found = masked_batch(3, 0, 5, 1), []
-    for total in (lambda module: module(batch)[0], lambda module: whole_logits(module, batch)):
+    for total in (lambda module: module.masked_loss(batch)[0], lambda module: whole_logits(module, batch)):
         module = masked_lm()
         loss = total(module)
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in module.parameters())])
     for own, expected in zip(*found, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-    assert int(masked_lm()(batch)[1]) == 9
+    assert int(masked_lm().masked_loss(batch)[1]) == 9
 
 
 def test_a_batch_without_a_masked_token_has_no_loss_and_changes_nothing() -> None:
     module = masked_lm()
-    total, count = module(masked_batch(0, 0))
+    total, count = module.masked_loss(masked_batch(0, 0))
     total.backward()
     assert (total.item(), count.item()) == (0, 0)
     assert all(not bool(parameter.grad.any()) for parameter in module.parameters() if parameter.grad is not None)
