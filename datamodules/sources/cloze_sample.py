@@ -65,10 +65,10 @@ def cloze_sample(num_rows: int, seed: int = 0, part: Part = "train") -> ClozeRow
     A passage is about one of eight topics: "The judge was near the jury. The lawyer was behind the judge. ...". Each
     topic has one word for what people want there (justice) and one for what they fear (punishment); no passage has
     these words. A question has four clauses in random order, two with each verb, and a gap after one of them: "Anna
-    fears nothing , Boris wants @placeholder , Clara fears nothing and David wants nothing .". The options are five of the six
-    words of the passage's topic and two others. So it takes the passage to tell the topic, and the verb beside the gap
-    to tell the word; a summary's words without their places do not say which verb that is. What belongs to which topic
-    and verb is to be learned from training.
+    fears nothing , Boris wants @placeholder , Clara fears nothing and David wants nothing .". The options are five of
+    the six words of the passage's topic and two others. So it takes the passage to tell the topic, and the verb beside
+    the gap to tell the word; a summary's words without their places do not say which verb that is. What belongs to
+    which topic and verb is to be learned from training.
 
     Each passage has two questions, one per verb. Every word is gold equally often and distractor equally often in any
     16 questions from the start, so words have no prior; the labels are balanced to within one question. In any multiple

@@ -282,7 +282,7 @@ class ZooCLI(LightningCLI):
         kwargs["ckpt_path"] = self.config[subcommand]["ckpt_path"]
         if subcommand in ("validate", "test"):
             kwargs["verbose"] = False
-            if kwargs["ckpt_path"] is None:
+            if kwargs["ckpt_path"] is None and not getattr(self.model, "answers_untrained", False):
                 warnings.warn(f"{subcommand} without --ckpt_path: the model is as it was initialised", stacklevel=2)
         return kwargs
 

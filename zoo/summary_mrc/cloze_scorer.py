@@ -65,6 +65,8 @@ class ClozeScorer(ChoiceModule):
             gradient_checkpointing=gradient_checkpointing,
         )
         self.scorer = MaskedSlotScorer(network)
+        # A test without a checkpoint of ours is then what is meant.
+        self.answers_untrained = pretrained and isinstance(encoder, str) and encoder != "tiny"
 
     def setup(self, stage: str) -> None:
         """Check that the data's sequences fit the encoder."""

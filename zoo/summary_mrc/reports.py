@@ -75,6 +75,7 @@ class TestReport(nn.Module):
         from zoo.summary_mrc.figures import length_groups, plot_accuracy_by
 
         chance = 1 / module.num_options
+        priors = {name: value for name, value in priors.items() if name != "chance"}
         words = torch.tensor([len(table.articles[row].split()) for row in rows.tolist()])
         place = torch.tensor([_third(table.questions[row]) for row in rows.tolist()])
         if int(words.max()):

@@ -130,7 +130,6 @@ def test_an_encoder_too_small_for_the_data_is_refused(module: Any, tmp_path: Pat
         runner.validate(module(str(tmp_path), vocab_size=SIZE), datamodule=Long())
 
 
-@pytest.mark.filterwarnings("ignore:test without --ckpt_path")
 def test_a_pretrained_masked_language_model_answers_without_training(run: Any, tmp_path: Path) -> None:
     network = build_text_encoder("tiny", vocab_size=SIZE, options=DROPLESS, head="masked_lm")
     vocabulary = tokenizer().get_vocab()
