@@ -267,7 +267,7 @@ def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
     if model["class_path"] == "APIStreamCL":
         return ("--model.api_archs", "[mlp]", "--model.api_epochs", "1", "--model.api_folder", "null")
     if model["class_path"] in ("SummaryMRC", "ClozeScorer", "MaskedLM"):
-        return TINY_TEXT
+        return (*TINY_TEXT, *(("--model.export", "null") if model["class_path"] == "MaskedLM" else ()))
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

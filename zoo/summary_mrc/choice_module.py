@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,17 +195,17 @@ class ChoiceModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def save_tokenizer(module: LightningModule) -> None:
-    """Write the datamodule's tokenizer into the run's folder, from where later runs take it.
+def save_tokenizer(module: LightningModule, folder: str | Path | None = None) -> None:
+    """Write the datamodule's tokenizer into a folder, by default the run's, from where later runs take it.
 
     All processes must call it.
     """
     tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
     if tokenizer is None or getattr(module.trainer, "fast_dev_run", False):
         return
-    folder = run_folder(module.trainer)
+    target = run_folder(module.trainer) if folder is None else Path(folder)
     if module.trainer.is_global_zero:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        tokenizer.save_pretrained(target / "tokenizer")
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

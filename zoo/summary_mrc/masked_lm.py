@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 class MaskedLM(LightningModule):
     """Masked language modelling from fresh weights, or on from a checkpoint's.
 
-    After the training the run's folder holds `encoder/`, for `--model.encoder` of `SummaryMRC` and `ClozeScorer`, and
-    `tokenizer/`, for `--data.tokenizer` of `ClozeData`.
+    After the training the run's folder, or `export`, holds `encoder/`, for `--model.encoder` of `SummaryMRC` and
+    `ClozeScorer`, and `tokenizer/`, for `--data.tokenizer` of `ClozeData`.
 
     Args:
         encoder: "tiny", a local folder, a hub id, or a config (a mapping with `model_type`) for fresh weights.
@@ -42,6 +43,7 @@ class MaskedLM(LightningModule):
         weight_decay: Decoupled; not on biases and norms.
         warmup_ratio: Share of the steps in which the rate rises; it falls to 0 in the others.
         gradient_checkpointing: Whether the encoder computes activations anew in the backward pass.
+        export: Folder for `encoder/` and `tokenizer/`, where later runs find them by one name; by default the run's.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -60,6 +62,7 @@ class MaskedLM(LightningModule):
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.1,
         gradient_checkpointing: bool = False,
+        export: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=plain_hyperparameters({"encoder": encoder}))
@@ -67,7 +70,7 @@ class MaskedLM(LightningModule):
             raise ValueError(f"lr must be positive, got {lr}")
         if weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.export = lr, weight_decay, export
         self._schedule = WarmupLinear(warmup_ratio)
         network = build_text_encoder(
             encoder,
@@ -157,10 +160,11 @@ class MaskedLM(LightningModule):
         """Write the network."""
         if getattr(self.trainer, "fast_dev_run", False):
             return
-        folder = run_folder(self.trainer)
+        folder = run_folder(self.trainer) if self.export is None else Path(self.export)
         if self.trainer.is_global_zero:
             save_text_encoder(self.scorer.network, folder / "encoder")
-            log.info("Encoder: %s, tokenizer: %s", folder / "encoder", folder / "tokenizer")
+            log.info("Encoder: %s", folder / "encoder")
+        save_tokenizer(self, self.export)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a linear decay; no decay of biases and of the weights of norms."""

@@ -218,7 +218,8 @@ def test_values_of_pre_training_out_of_their_range_are_refused(options: dict[str
         masked_lm(**options)
 
 
-def test_what_pre_training_writes_is_read_back_with_its_tokenizer(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("export", [False, True], ids=["run's folder", "folder of its own"])
+def test_what_pre_training_writes_is_read_back_with_its_tokenizer(run: Any, tmp_path: Path, export: bool) -> None:
     common = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1")
     common += ("--trainer.log_every_n_steps", "1")
     passages = tmp_path / "passages.txt"
@@ -226,8 +227,10 @@ def test_what_pre_training_writes_is_read_back_with_its_tokenizer(run: Any, tmp_
     cli = run(
         "fit", "--model", "MaskedLM", "--model.encoder_options", TINY_LINE, "--data", "PassageData",
         "--data.path", str(passages), "--data.tokenizer", "words", "--data.max_length", "64", *common,
+        *(("--model.export", str(tmp_path / "exported")) if export else ()),
     )  # fmt: skip
-    encoder, folder = str(cli.run_folder / "encoder"), str(cli.run_folder / "tokenizer")
+    target = tmp_path / "exported" if export else cli.run_folder
+    encoder, folder = str(target / "encoder"), str(target / "tokenizer")
     trained = cli.model.scorer.network.eval()
     own = load_tokenizer(folder, lambda: ())
     assert tokenizer_fingerprint(own) == tokenizer_fingerprint(cli.datamodule.tokenizer)
