@@ -31,7 +31,7 @@ from zoo.common.checkpoints import (
 from zoo.common.console import prepare_console, print_metrics, progress_callback
 from zoo.common.dimensions import DIMENSIONS, resolve_dimension
 from zoo.common.memory import TrimHeap
-from zoo.common.parser import EXPECTED, UsageError, ZooParser, cause_for_users, import_mentioned
+from zoo.common.parser import EXPECTED, LinkFailure, UsageError, ZooParser, cause_for_users, import_mentioned
 from zoo.common.reproducibility import StepSeed
 from zoo.common.run_logger import RunLogger, drop_later_rows, wandb_run_id
 from zoo.common.runs import find_checkpoint, same_run
@@ -129,7 +129,10 @@ class ZooCLI(LightningCLI):
                 return None
             typed = (self.typed.get("model", {}).get("init_args") or {}).get(name)
             model = _class_of(self._get(self.config, "model")["class_path"])
-            return resolve_dimension(name, data, model, typed, self._trained_dimensions.get(name))
+            try:
+                return resolve_dimension(name, data, model, typed, self._trained_dimensions.get(name))
+            except Exception as error:
+                raise LinkFailure from error
 
         # The name stands in the help page's list of links.
         dimension.__name__ = name
@@ -204,10 +207,12 @@ class ZooCLI(LightningCLI):
         """Build data, model and Trainer; what they refuse is a mistake in the command."""
         try:
             super().instantiate_classes()
-        except Exception as error:
+        except (Exception, LinkFailure) as error:
             cause = cause_for_users(error)
             if isinstance(cause, EXPECTED):
                 raise UsageError(str(cause)) from error
+            if isinstance(error, LinkFailure):
+                raise cause from None
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

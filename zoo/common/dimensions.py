@@ -66,7 +66,8 @@ def resolve_dimension(
         value = plain(value, f"{source}.{name}")
         if typed is not None and not _same(typed, value):
             raise ValueError(
-                f"{flag} is {typed!r}, but {source} has {value!r}. Leave the option out: the data decides it."
+                f"{flag} is {typed!r}, but {source} has {value!r}. Leave the option out: the data decides it"
+                f"{f', by --data.{name}.' if name in inspect.signature(type(data)).parameters else '.'}"
             )
         if trained is not None and not _same(trained, value):
             raise ValueError(

@@ -155,12 +155,21 @@ def import_mentioned(arguments: Sequence[str], packages: Sequence[tuple[ModuleTy
                 getattr(package, name)
 
 
+class LinkFailure(BaseException):
+    """Carries what a link raised past the parser.
+
+    The parser catches an `Exception` and writes the data module into its message, whose text makes all of its loaders.
+    """
+
+
 def cause_for_users(error: BaseException) -> BaseException:
     """The error that a constructor or a link raised, without the parser's wrapping.
 
     An error that the zoo itself raised `from` another stays as it is: its text is the better one.
     """
-    while error.__cause__ is not None and _raised_in(error).partition(".")[0] == "jsonargparse":
+    while error.__cause__ is not None and (
+        isinstance(error, LinkFailure) or _raised_in(error).partition(".")[0] == "jsonargparse"
+    ):
         error = error.__cause__
     return error
 
