@@ -22,6 +22,7 @@ from datamodules.class_stream_batches import (
 )
 from datamodules.class_stream_parts import StreamParts, split_classes
 from datamodules.loading import BatchLoader, KeyedSampler, follow, run_seed
+from datamodules.options import at_least
 from datamodules.sources.classification_sets import DigitSets, MemorySets, NpzSets
 from datamodules.sources.download import data_folder
 
@@ -135,7 +136,7 @@ class ClassStreamData(LightningDataModule):
             raise ValueError(f"dataset={self.dataset!r} is not embedded: expected {', '.join(EMBEDDED)}, or source=zoo")
         if self.data_dir and self.source != "zoo":
             raise ValueError(f"data_dir={self.data_dir} has no meaning for source={self.source!r}: expected zoo")
-        for name, number, least in (
+        at_least(
             ("num_tasks", self.num_tasks, 1),
             ("classes_per_task", self.classes_per_task, 2),
             ("iterations_per_task", self.iterations_per_task, 1),
@@ -145,9 +146,7 @@ class ClassStreamData(LightningDataModule):
             ("max_images", self.max_images, 1),
             ("image_size", self.image_size, 4),
             ("num_workers", self.num_workers, 0),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         if not 0 <= self.real_fraction <= 1:
             raise ValueError(f"real_fraction must be from 0 to 1, got {self.real_fraction}")
         if not 0 <= self.validation_fraction < 1:

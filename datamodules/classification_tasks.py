@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from datamodules.classification_batches import ClassificationBatch
 from datamodules.classification_parts import Corruption, TaskParts
 from datamodules.loading import BatchLoader, KeyedSampler, run_seed
+from datamodules.options import at_least, one_of
 from datamodules.sources.classification_sets import DIGIT_TASKS, EIGHT_TASKS, DigitSets, MemorySets, NpzSets
 from datamodules.sources.clip_prompts import clip_prompts
 from datamodules.sources.download import data_folder
@@ -151,13 +152,11 @@ class ClassificationTasksData(LightningDataModule):
         self._check_options()
 
     def _check_options(self) -> None:
-        for name, value, allowed in (
+        one_of(
             ("stream", self.stream, STREAMS),
             ("train_part", self.train_part, TRAIN_PARTS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name, number, least in (
+        )
+        at_least(
             ("image_size", self.image_size, 4),
             ("batch_size", self.batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
@@ -165,9 +164,7 @@ class ClassificationTasksData(LightningDataModule):
             ("pretrain_images", self.pretrain_images, 1),
             ("max_images", self.max_images, 1),
             ("steps_per_epoch", self.steps_per_epoch, 1),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be at least 0 and below 1, got {self.validation_fraction}")
         if not 0 < self.adapt_fraction <= 1:
@@ -406,9 +403,7 @@ class ClassificationTasksData(LightningDataModule):
         part, stream = part or self.train_part, stream or self.stream
         tasks = tasks or self.seen_tasks
         self._check_names("tasks", tasks, self.task_names)
-        for name, value, allowed in (("part", part, TRAIN_PARTS), ("stream", stream, STREAMS)):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        one_of(("part", part, TRAIN_PARTS), ("stream", stream, STREAMS))
         rows = {}
         for task in tasks:
             labelled = stream == "none"

@@ -14,6 +14,7 @@ from datamodules.cloze_batches import PairBatch, ReaderBatch, SeparateBatch, Slo
 from datamodules.cloze_parts import check_same_options, distinct, split_by_article, training_texts
 from datamodules.cloze_rows import ClozeRows
 from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.options import at_least, one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -135,17 +136,15 @@ class ClozeData(LightningDataModule):
         self._check_options()
 
     def _check_options(self) -> None:
-        for name, value, allowed in (
+        one_of(
             ("source", self.source, SOURCES),
             ("subtask", self.subtask, (1, 2)),
             ("eval_subtask", self.eval_subtask, (1, 2)),
             ("mode", self.mode, MODES),
             ("encode", self.encode, LAYOUTS),
             ("masks", self.masks, ("each", "first")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        for name, number, least in (
+        )
+        at_least(
             ("max_length", self.max_length, 32),
             ("batch_size", self.batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
@@ -153,9 +152,7 @@ class ClozeData(LightningDataModule):
             ("tokenizer_size", self.tokenizer_size, 32),
             ("num_options", self._num_options, 2),
             ("num_workers", self.num_workers, 0),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
         if self.path and self.source != "files":

@@ -24,6 +24,7 @@ from datamodules.cloze_batches import (
 from datamodules.cloze_text import MARKS, MODES, begins, detokenize, second_segment, split_question
 from datamodules.cloze_tokenizer import check_tokenizer
 from datamodules.loading import Draw
+from datamodules.options import one_of
 from datamodules.token_table import distinct, tokenize, tokenize_spans
 
 if TYPE_CHECKING:
@@ -121,13 +122,11 @@ class ClozeTokens(Dataset[ClozeBatch]):
 
     def _check_options(self, tokenizer: Any) -> None:
         check_tokenizer(tokenizer, tokenizer.name_or_path)
-        for name, value, allowed in (
+        one_of(
             ("encode", self.encode, ENCODES),
             ("mode", self.mode, MODES),
             ("masks", self.masks, MASKS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        )
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
         slotted = self.encode in ("cloze", "reader")

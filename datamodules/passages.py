@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule
 
 from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.options import at_least, one_of
 from datamodules.passage_pieces import PassageBatch, PassagePieces
 
 if TYPE_CHECKING:
@@ -128,19 +129,15 @@ class PassageData(LightningDataModule):
         self._check_options()
 
     def _check_options(self) -> None:
-        for name, value, allowed in (("source", self.source, SOURCES), ("subtask", self.subtask, (1, 2))):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        for name, number, least in (
+        one_of(("source", self.source, SOURCES), ("subtask", self.subtask, (1, 2)))
+        at_least(
             ("tokenizer_size", self.tokenizer_size, 32),
             ("max_length", self.max_length, 8),
             ("sample_passages", self.sample_passages, 2),
             ("batch_size", self.batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
             ("num_workers", self.num_workers, 0),
-        ):
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         for name, share in (
             ("mlm_probability", self.mlm_probability),
             ("validation_fraction", self.validation_fraction),

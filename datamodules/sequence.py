@@ -13,6 +13,7 @@ import torch
 from lightning import LightningDataModule
 
 from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.options import at_least, one_of
 from datamodules.sequence_rows import HistoryRows, SequenceBatch, SequenceTable, TrainRows
 from datamodules.sources.interactions import (
     Interactions,
@@ -140,16 +141,14 @@ class SequenceData(LightningDataModule):
         self._check_options()
 
     def _check_options(self) -> None:
-        for name, value, allowed in (
+        one_of(
             ("source", self.source, SOURCES),
             ("order", self.order, ORDERS),
             ("uniformity", self.uniformity, UNIFORMITIES),
             ("split", self.split, (None, "uniform", "nonuniform")),
             ("split_by", self.split_by, ("users", "interactions")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        for name, number, least in (
+        )
+        at_least(
             ("max_length", self.max_length, 1),
             ("batch_size", self.batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
@@ -158,9 +157,7 @@ class SequenceData(LightningDataModule):
             ("min_user_interactions", self.min_user_interactions, 1),
             ("min_item_interactions", self.min_item_interactions, 1),
             ("num_workers", self.num_workers, 0),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         if not 0 < self.user_fraction <= 1:
             raise ValueError(f"user_fraction must be above 0 and at most 1, got {self.user_fraction}")
         if self.path and self.source != "files":

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningDataModule
 
 from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.options import at_least
 from datamodules.sources.interactions import return_memory
 from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample, tenths
 from datamodules.sources.task_sets import SETS, read_set, set_columns
@@ -143,7 +144,7 @@ class TabularTaskData(LightningDataModule):
     def _check_options(self) -> None:
         if self.source not in (*SOURCES, _FRAME):
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
-        for name, number, least in (
+        at_least(
             ("batch_size", self.batch_size, 1),
             ("eval_batch_size", self.eval_batch_size, 1),
             ("num_workers", self.num_workers, 0),
@@ -153,9 +154,7 @@ class TabularTaskData(LightningDataModule):
             ("validation_fraction", self.validation_fraction, 0),
             ("test_fraction", self.test_fraction, 0),
             ("missing_fraction", self.missing_fraction, 0),
-        ):
-            if number is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, got {number}")
+        )
         if self.missing_fraction >= 1:
             raise ValueError(f"missing_fraction must be below 1, got {self.missing_fraction}")
         if (self.validation_fraction or 0) + (self.test_fraction or 0) >= 1:
