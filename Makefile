@@ -8,7 +8,7 @@ demo: .venv/.done
 	$(BIN)/python train.py --config configs/ticoserec/demo.yaml
 
 test: .venv/.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.done
 	$(BIN)/ruff check .

@@ -47,10 +47,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return load_tokenizer("train", lambda: [*ROWS.articles, *(word for words in ROWS.options for word in words)], 70)
 
 
-@pytest.mark.parametrize("max_length", [512, 80])
+@pytest.mark.parametrize("max_length", [512, 96])
 def test_both_sides_give_the_same_batches(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
     tokens = ClozeTokens(ROWS, tokenizer, max_length=max_length)
-    assert (tokens.truncated > 0) == (max_length == 80)
+    assert (tokens.truncated > 0) == (max_length == 96)
     pairs = PlainPairs(ROWS.articles, ROWS.questions, ROWS.options, tokenizer, max_length)
     rows = torch.tensor([5, 0, 17])
     batch, expected = tokens[rows], pairs.batch(rows.tolist())

@@ -214,7 +214,9 @@ def test_mistake_in_a_study_is_named(root: Path, changed: dict[str, Any], messag
         load_study(study_file(root, **changed), root)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "studies").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_studies_of_the_zoo_can_be_planned(path: Path) -> None:
     study = load_study(path, ROOT)
     assert len(plan(study, ROOT, study.seeds)) == len(study.variants) * len(study.seeds)
