@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from datamodules.cloze_batches import PairBatch, ReaderBatch, SeparateBatch, SlotBatch
 from datamodules.cloze_parts import check_same_options, distinct, split_by_article, training_texts
 from datamodules.cloze_rows import ClozeRows
+from datamodules.cloze_text import MODES
 from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
 from datamodules.options import at_least, one_of
 
@@ -26,7 +27,6 @@ __all__ = ["ClozeData", "ClozeRows", "PairBatch", "ReaderBatch", "SeparateBatch"
 log = logging.getLogger(__name__)
 
 SOURCES = ("embedded", "recam", "slot_cloze", "files")
-MODES = ("fill", "concat", "concat_sep", "summary_only", "option_only")
 LAYOUTS = ("joint", "separate", "cloze", "reader")
 _SAMPLE_VALIDATION, _SAMPLE_TEST = 240, 600
 _WITHOUT_PASSAGE = ("summary_only", "option_only")

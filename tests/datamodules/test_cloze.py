@@ -450,7 +450,8 @@ def test_questions_that_the_checkpoint_has_seen_and_that_are_held_out_now_are_wa
     test_path = paths.pop("test_path")
     trained = ClozeData(**paths, **SMALL).state_dict()
     ClozeData(**paths, **SMALL).load_state_dict(trained)
-    assert not caplog.records
+    # Another test of this process may have let messages through that are no warnings.
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     ClozeData(**paths, test_path=test_path, **SMALL).load_state_dict(trained)
     assert "1 questions about passages of the validation or the test here were there in the checkpoint's training" in (
         caplog.text

@@ -22,6 +22,7 @@ from zoo.summary_mrc.reports import TestReport
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
+    from zoo.common.schedules import Schedule
     from zoo.summary_mrc.types import ChoiceBatch, QuestionTable
 
 
@@ -190,9 +191,7 @@ class ChoiceModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a linear decay; no decay of biases and of the weights of norms."""
-        optimizer = torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr)
-        scheduler = LambdaLR(optimizer, self._schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw(self, self.lr, self.weight_decay, self._schedule)
 
 
 def save_tokenizer(module: LightningModule, folder: str | Path | None = None) -> None:
@@ -216,6 +215,12 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def adamw(module: nn.Module, lr: float, weight_decay: float, schedule: Schedule) -> OptimizerLRScheduler:
+    """AdamW over `decay_groups` with a schedule by steps, as `configure_optimizers` returns it."""
+    optimizer = torch.optim.AdamW(decay_groups(module, weight_decay), lr=lr)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}
 
 
 def check_length(module: LightningModule, network: nn.Module) -> None:

@@ -10,13 +10,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from zoo.common.artifacts import run_folder
 from zoo.common.hyperparameters import plain_hyperparameters
 from zoo.common.schedules import WarmupLinear, fit_schedule
-from zoo.summary_mrc.choice_module import check_length, decay_groups, save_tokenizer
+from zoo.summary_mrc.choice_module import adamw, check_length, save_tokenizer
 from zoo.summary_mrc.encoders import build_text_encoder, save_text_encoder
 from zoo.summary_mrc.slot_scorer import MaskedSlotScorer
 
@@ -168,6 +167,4 @@ class MaskedLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up and a linear decay; no decay of biases and of the weights of norms."""
-        optimizer = torch.optim.AdamW(decay_groups(self, self.weight_decay), lr=self.lr)
-        scheduler = LambdaLR(optimizer, self._schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw(self, self.lr, self.weight_decay, self._schedule)
