@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.common.keyed_random import mix_keys
+from zoo.common.negatives import NegativeSampler
 from zoo.ticoserec.encoder import GRU4RecEncoder, SASRecEncoder
 from zoo.ticoserec.jagged import gather_rows, row_and_position, unpad_left
 from zoo.ticoserec.losses import (
@@ -17,7 +18,6 @@ from zoo.ticoserec.losses import (
     gbce_next_item,
     sampled_softmax_next_item,
 )
-from zoo.ticoserec.negatives import NegativeSampler
 from zoo.ticoserec.recommender import SequentialRecommender
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class SASRec(SequentialRecommender):
             if self.exclude_negatives == "train":
                 item_ids = gather_rows(item_ids, table.offsets[:-1], table.train_lengths)
                 lengths = table.train_lengths
-            self.negatives = NegativeSampler(item_ids, lengths, self.num_items).to(self.device)
+            users, _ = row_and_position(lengths)
+            self.negatives = NegativeSampler(users, item_ids, self.num_items, first_item=1).to(self.device)
             self._leave_to_each_process("negatives")
 
     def _leave_to_each_process(self, name: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from zoo.ticoserec import ItemSimilarity, similarity
-from zoo.ticoserec.negatives import NegativeSampler
 from zoo.ticoserec.similarity import hybrid_similarity, online_similarity, random_neighbours
 
 
@@ -100,29 +99,3 @@ def test_item2vec_finds_items_of_the_same_kind():
     found = ItemSimilarity.fit(torch.tensor(np.concatenate(rows)), torch.full((200,), 6), 20, "item2vec")
     same = (found.most_similar[1:] > 10) == (torch.arange(1, 21) > 10)
     assert same.float().mean() > 0.9
-
-
-def test_negatives_are_unmet_items_and_cover_the_rest_evenly():
-    rows, item_ids, lengths, num_items = toy(users=5)
-    sampler = NegativeSampler(item_ids, lengths, num_items)
-    users = torch.arange(5).repeat_interleave(4000)
-    drawn = sampler(users, torch.arange(len(users)), 2)
-    for user, row in enumerate(rows):
-        mine = drawn[users == user].flatten()
-        free = sorted(set(range(1, num_items + 1)) - set(row))
-        counts = mine.bincount(minlength=num_items + 1)[free].double()
-        assert int(counts.sum()) == len(mine)
-        chi_square = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
-        assert chi_square < len(free) + 5 * math.sqrt(2 * len(free))
-
-
-def test_negatives_do_not_depend_on_the_batch():
-    _, item_ids, lengths, num_items = toy(users=6)
-    sampler = NegativeSampler(item_ids, lengths, num_items)
-    users, keys = torch.arange(6), torch.arange(6) * 11
-    assert torch.equal(sampler(users, keys, 3)[4:], sampler(users[4:], keys[4:], 3))
-
-
-def test_a_user_who_met_everything_is_named():
-    with pytest.raises(ValueError, match="user 1 has met all 2 items"):
-        NegativeSampler(torch.tensor([1, 1, 2]), torch.tensor([1, 2]), 2)
