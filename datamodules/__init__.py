@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datamodules.cloze import ClozeData, ClozeRows, PairBatch, ReaderBatch, SeparateBatch, SlotBatch  # noqa: F401
     from datamodules.cloze_text import fill_placeholder  # noqa: F401
     from datamodules.image_tasks import ImageTaskData  # noqa: F401
+    from datamodules.interaction import InteractionData  # noqa: F401
+    from datamodules.interaction_rows import InteractionBatch, InteractionTable, RankingBatch  # noqa: F401
     from datamodules.passages import PassageBatch, PassageData  # noqa: F401
     from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
     from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
@@ -27,6 +29,7 @@ DATAMODULES: dict[str, str] = {
     "ClassificationTasksData": "datamodules.classification_tasks",
     "ClozeData": "datamodules.cloze",
     "ImageTaskData": "datamodules.image_tasks",
+    "InteractionData": "datamodules.interaction",
     "PassageData": "datamodules.passages",
     "SequenceData": "datamodules.sequence",
     "TabularTaskData": "datamodules.tabular_tasks",
@@ -38,8 +41,11 @@ BATCHES: dict[str, str] = {
     "ClozeRows": "datamodules.cloze",
     "EvalBatch": "datamodules.class_stream_batches",
     "ImageTaskBatch": "datamodules.task_batches",
+    "InteractionBatch": "datamodules.interaction_rows",
+    "InteractionTable": "datamodules.interaction_rows",
     "PairBatch": "datamodules.cloze",
     "PassageBatch": "datamodules.passages",
+    "RankingBatch": "datamodules.interaction_rows",
     "ReaderBatch": "datamodules.cloze",
     "SeparateBatch": "datamodules.cloze",
     "SequenceBatch": "datamodules.sequence",
