@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from zoo.api_cl.zeroth_order import ZerothOrderGradient as ZerothOrderGradient
     from zoo.common.contrastive import info_nce as info_nce
     from zoo.common.contrastive import nt_xent as nt_xent
+    from zoo.common.negatives import NegativeSampler as NegativeSampler
     from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
+    from zoo.idsf.attention import AttentionFusion as AttentionFusion
+    from zoo.idsf.bm3 import BM3 as BM3
+    from zoo.idsf.bprmf import BPRMF as BPRMF
+    from zoo.idsf.contrast import multi_view_nce as multi_view_nce
+    from zoo.idsf.freedom import FREEDOM as FREEDOM
+    from zoo.idsf.graph import BipartiteGraph as BipartiteGraph
+    from zoo.idsf.lattice import LATTICE as LATTICE
+    from zoo.idsf.lightgcn import LightGCN as LightGCN
+    from zoo.idsf.module import IDSF as IDSF
+    from zoo.idsf.sparse import SparseMatrix as SparseMatrix
+    from zoo.idsf.vbpr import VBPR as VBPR
     from zoo.merging.adamerging import AdaMerging as AdaMerging
     from zoo.merging.deep_surgery import DeepSurgery as DeepSurgery
     from zoo.merging.experts import TaskExperts as TaskExperts
@@ -71,10 +83,16 @@ if TYPE_CHECKING:
 MODELS: dict[str, str] = {
     "APIStreamCL": "zoo.api_cl.module",
     "AdaMerging": "zoo.merging.adamerging",
+    "BM3": "zoo.idsf.bm3",
+    "BPRMF": "zoo.idsf.bprmf",
     "CL4SRec": "zoo.ticoserec.siblings",
     "ClozeScorer": "zoo.summary_mrc.cloze_scorer",
     "CoSeRec": "zoo.ticoserec.siblings",
+    "FREEDOM": "zoo.idsf.freedom",
     "GAReader": "zoo.summary_mrc.ga_reader",
+    "IDSF": "zoo.idsf.module",
+    "LATTICE": "zoo.idsf.lattice",
+    "LightGCN": "zoo.idsf.lightgcn",
     "MaskedLM": "zoo.summary_mrc.masked_lm",
     "MergedClassifier": "zoo.merging.merged_classifier",
     "MultiTaskModule": "zoo.adatask.module",
@@ -84,11 +102,14 @@ MODELS: dict[str, str] = {
     "SummaryMRC": "zoo.summary_mrc.module",
     "TaskExperts": "zoo.merging.experts",
     "TiCoSeRec": "zoo.ticoserec.module",
+    "VBPR": "zoo.idsf.vbpr",
 }
 """The LightningModules, what `train.py --model` takes, and where each is defined."""
 
 PARTS: dict[str, str] = {
     "AdaTask": "zoo.adatask.optimizer",
+    "AttentionFusion": "zoo.idsf.attention",
+    "BipartiteGraph": "zoo.idsf.graph",
     "ChoiceAccuracy": "zoo.summary_mrc.metrics",
     "ContinualMetrics": "zoo.api_cl.continual_metrics",
     "DebiasedCKA": "zoo.api_cl.similarity",
@@ -102,9 +123,11 @@ PARTS: dict[str, str] = {
     "MaskedSlotScorer": "zoo.summary_mrc.slot_scorer",
     "MergedModel": "zoo.merging.merged_model",
     "ModuleAPI": "zoo.api_cl.boxes",
+    "NegativeSampler": "zoo.common.negatives",
     "QueryLedger": "zoo.api_cl.ledger",
     "ReplayMemory": "zoo.api_cl.memory",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "SparseMatrix": "zoo.idsf.sparse",
     "SummaryMatcher": "zoo.summary_mrc.matching",
     "SurgeryBank": "zoo.merging.surgery",
     "SurgeryModule": "zoo.merging.surgery",
@@ -120,6 +143,7 @@ PARTS: dict[str, str] = {
     "delta_m": "zoo.adatask.delta_m",
     "fisher_merge": "zoo.merging.fisher",
     "info_nce": "zoo.common.contrastive",
+    "multi_view_nce": "zoo.idsf.contrast",
     "nt_xent": "zoo.common.contrastive",
     "regmean_merge": "zoo.merging.regmean",
     "task_arithmetic": "zoo.merging.one_shot",

@@ -21,6 +21,8 @@ DIMENSIONS = (
     "task_classes",
     "cardinalities",
     "num_numeric",
+    "modalities",
+    "feature_sizes",
     "in_channels",
     "image_shape",
     "num_options",
