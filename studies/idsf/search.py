@@ -33,7 +33,7 @@ DATA: dict[str, dict[str, Any]] = {
     "movielens": {"source": "movielens", "modalities": ["poster", "text"], "min_rating": 4.0, "batch_size": 1024},
     "tiktok": {"source": "tiktok", "batch_size": 2048},
 }
-EPOCHS = {"movielens": 80, "tiktok": 60}
+EPOCHS = {"movielens": 80, "tiktok": 50}
 
 SHARED = {"lr": [5e-4, 1e-3, 2e-3, 5e-3], "reg_weight": [1e-5, 1e-4, 1e-3, 1e-2]}
 SPACES: dict[str, dict[str, list[Any]]] = {

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zoo.idsf.sparse import SparseMatrix
 
 NORMS = ("sym", "sym_self", "rw", "rw_self")
+
+
+class _Convolution(torch.autograd.Function):
+    """Sum of e^(0), ..., e^(L) with e^(l) = A e^(l-1) + added: linear, so nothing needs to be kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Tensor, transposed: Tensor, start: Tensor, added: Tensor | None, num_layers: int
+    ) -> Tensor:
+        ctx.transposed, ctx.num_layers, ctx.adds = transposed, num_layers, added is not None
+        layer, total = start, start.clone()
+        for _ in range(num_layers):
+            layer = matrix @ layer if added is None else torch.addmm(added, matrix, layer)
+            total += layer
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor | None, None]:
+        # Of e^(l): that of the sum, and what comes back from e^(l+1).
+        layer, added = gradient, None
+        # Where backward is called under autocast: there is no product of a compressed matrix in half precision.
+        with torch.autocast(gradient.device.type, enabled=False):
+            for _ in range(ctx.num_layers):
+                if ctx.adds:
+                    added = layer.clone() if added is None else added.add_(layer)
+                layer = torch.addmm(gradient, ctx.transposed, layer)
+        if ctx.adds and added is None:
+            added = torch.zeros_like(gradient)
+        return None, None, layer, added, None
 
 
 class BipartiteGraph(SparseMatrix):
@@ -44,7 +77,7 @@ class BipartiteGraph(SparseMatrix):
         users, items = pairs // num_items, pairs % num_items + num_users
         rows, columns = torch.cat([users, items]), torch.cat([items, users])
         if norm.endswith("_self"):
-            own = torch.arange(size)
+            own = torch.arange(size, device=edges.device)
             rows, columns = torch.cat([rows, own]), torch.cat([columns, own])
         # A node without neighbours has an empty row, whatever its degree is said to be.
         degrees = rows.bincount(minlength=size).clamp(min=1).double()
@@ -62,6 +95,24 @@ class BipartiteGraph(SparseMatrix):
             float32 of the same shape, also under autocast.
         """
         return self.matmul(x)
+
+    def convolve(self, start: Tensor, num_layers: int, added: Tensor | None = None) -> Tensor:
+        """Sum over the layers of a light convolution: e^(0) = start, e^(l) = A e^(l-1) + added.
+
+        Args:
+            start: `(num_users + num_items, width)`, users first.
+            num_layers: Steps L along the edges.
+            added: What comes to every layer but the first, of the same shape.
+
+        Returns:
+            e^(0) + ... + e^(L), float32 of the same shape, also under autocast.
+        """
+        with torch.autocast(start.device.type, enabled=False):
+            matrix, transposed = self.compressed()
+            start = start.to(self.values.dtype)
+            added = None if added is None else added.to(self.values.dtype)
+            total: Tensor = _Convolution.apply(matrix, transposed, start, added, num_layers)  # type: ignore[no-untyped-call]
+            return total
 
 
 def check_edges(edges: Tensor, num_users: int, num_items: int) -> None:

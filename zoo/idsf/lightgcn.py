@@ -13,11 +13,7 @@ from zoo.idsf.recommender import TopNRecommender
 
 def light_convolution(start: Tensor, graph: BipartiteGraph, num_layers: int) -> Tensor:
     """Mean of x, A x, ..., A^L x for x `(users + items, d)` (He et al., 2020, equations 7 and 8)."""
-    layer, total = start, start
-    for _ in range(num_layers):
-        layer = graph.propagate(layer)
-        total = total + layer
-    return total / (num_layers + 1)
+    return graph.convolve(start, num_layers) / (num_layers + 1)
 
 
 class LightGCN(TopNRecommender):

@@ -172,19 +172,18 @@ class IDSFNetwork(nn.Module):
         Returns:
             h_m of users, then items, float32 `(num_users + num_items, modalities, d)`: the mean over the layers 0 to L.
         """
-        count, size = len(self.modalities), self.num_users + self.num_items
-        pairs = zip(self.user_preference, projected, strict=True)
-        start = [torch.cat([F.normalize(users), F.normalize(items.float())]) for users, items in pairs]
-        layer = torch.cat(start, dim=1)
-        total = layer
+        # The mean over the layers is taken at the start: what follows is linear.
+        share = 1 / (self.num_layers + 1)
+        users = torch.cat([_unit_rows(table, share) for table in self.user_preference], dim=1)
+        items = torch.cat([_unit_rows(content, share) for content in projected], dim=1)
+        added = None
         if self.user_id is not None:
-            ids = torch.cat([torch.cat([self.user_id, items]) for items in self.ids()], dim=1) * self.id_weight
-        for _ in range(self.num_layers):
-            layer = graph.propagate(layer)
-            if self.user_id is not None:
-                layer = layer + ids
-            total = total + layer
-        return total.div(self.num_layers + 1).view(size, count, -1)
+            weight = self.id_weight * share
+            added = torch.cat(
+                [(self.user_id * weight).repeat(1, len(self.modalities)), torch.cat(self.ids(), dim=1) * weight]
+            )
+        total = graph.convolve(torch.cat([users, items]), self.num_layers, added)
+        return total.view(len(total), len(self.modalities), -1)
 
     def forward(
         self,
@@ -253,6 +252,13 @@ def _fuse(unit: nn.Module | None, hidden: Tensor) -> Tensor:
     views = hidden.unbind(1)
     fused: Tensor = views[0] if unit is None else unit(views)
     return fused
+
+
+def _unit_rows(x: Tensor, length: float) -> Tensor:
+    """Rows scaled to a length, float32; rows of zeros stay."""
+    x = x.float()
+    scaled: Tensor = x * (length / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12))
+    return scaled
 
 
 def id_table(rows: int, hidden_size: int) -> nn.Parameter:

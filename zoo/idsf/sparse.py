@@ -87,12 +87,17 @@ class SparseMatrix(nn.Module):
             `(rows of the matrix, width)`.
         """
         with torch.autocast(dense.device.type, enabled=False):
-            matrix = self._compressed(self.row_starts, self.columns, self.values, self.shape)
-            transposed = self._compressed(
-                self.transposed_row_starts, self.transposed_columns, self.transposed_values, self.shape[::-1]
-            )
+            matrix, transposed = self.compressed()
             product: Tensor = _Product.apply(matrix, transposed, dense.to(self.values.dtype))  # type: ignore[no-untyped-call]
             return product
+
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """The matrix and its transpose as sparse tensors in compressed rows, on the values of the buffers."""
+        matrix = self._compressed(self.row_starts, self.columns, self.values, self.shape)
+        transposed = self._compressed(
+            self.transposed_row_starts, self.transposed_columns, self.transposed_values, self.shape[::-1]
+        )
+        return matrix, transposed
 
     @staticmethod
     def _compressed(row_starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
