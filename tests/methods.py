@@ -103,6 +103,15 @@ def cloze(model: str, encode: str, *options: str) -> tuple[str, ...]:
     return ("--model", model, "--data", "ClozeData", "--data.encode", encode, *CLOZE, *options)
 
 
+INTERACTIONS = ("--data.sample_users", "40", "--trainer.check_val_every_n_epoch", "1")
+"""Six batches of 32 an epoch."""
+
+
+def recommender(model: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a recommender of the room `idsf`."""
+    return ("--model", model, "--data", "InteractionData", *INTERACTIONS, "--model.hidden_size", "16", *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -149,6 +158,21 @@ METHODS = [
         ("--config", str(CONFIGS / "summary_mrc" / "demo.yaml")),
         small=(*CLOZE, *TINY_TEXT),
         exact=("--model.dropout", "0"),
+        figures=True,
+        tables=True,
+    ),
+    Method(
+        "IDSF",
+        ("--config", str(CONFIGS / "idsf" / "demo.yaml")),
+        small=(
+            *INTERACTIONS,
+            "--model.hidden_size",
+            "16",
+            "--model.contrast_cap",
+            "24",
+            "--model.trainable_features",
+            "true",
+        ),
         figures=True,
         tables=True,
     ),
@@ -225,6 +249,19 @@ VARIANTS = [
         figures=True,
         tables=True,
     ),
+    *(
+        Method(name, recommender(name), figures=True, tables=True)
+        for name in ("BPRMF", "LightGCN", "VBPR", "FREEDOM", "LATTICE")
+    ),
+    Method("BM3", recommender("BM3"), exact=("--model.dropout", "0"), figures=True, tables=True),
+    Method(
+        "IDSF over all items, by users",
+        recommender("IDSF", "--model.contrast_scope", "all", "--model.readout", "mlp_ln", "--model.id_mode", "shared"),
+        small=("--data.sampling", "user"),
+        # The shift of the last layer moves all scores of a user alike: its gradient is what rounding leaves of zero.
+        exact=("--model.readout", "sum_norm"),
+    ),
+    Method("IDSF without IDs", recommender("IDSF", "--model.id_mode", "none", "--model.norm", "sym")),
     Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
     Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
@@ -244,6 +281,11 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
     "ClassificationTasksData": ("--data.source", "embedded", "--data.seen_tasks", "null"),
     "ImageTaskData of pixels": ("--data.source", "embedded_scenes"),
     "ClozeData": ("--data.source", "embedded", *CLOZE),
+    "InteractionData": (
+        *("--data.source", "embedded", "--data.modalities", "null", "--data.min_rating", "null"),
+        *("--data.sample_users", "60", "--data.split", "official", "--data.min_user_interactions", "null"),
+        *("--data.min_item_interactions", "null", "--data.cold_fraction", "0", "--data.keep_train_per_user", "null"),
+    ),
     "PassageData": ("--data.source", "embedded", "--data.sample_passages", "200", *CLOZE[2:]),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""

@@ -123,6 +123,8 @@ class BM3(TopNRecommender):
         ValueError: If a value is out of its range.
     """
 
+    draws_negatives = False
+
     def __init__(
         self,
         num_users: int,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from zoo.common.keyed_random import keyed_uniform
+from zoo.common.keyed_random import keyed_uniform, mix_keys
 from zoo.idsf.graph import BipartiteGraph, nearest_items
 from zoo.idsf.lightgcn import light_convolution
 from zoo.idsf.losses import bpr_loss
@@ -158,6 +158,7 @@ class FREEDOM(TopNRecommender):
 
     edges: Tensor
     edge_weights: Tensor
+    draw_key: Tensor
 
     def __init__(
         self,
@@ -202,6 +203,8 @@ class FREEDOM(TopNRecommender):
         self.num_neighbors, self.dropout, self.reg_weight = num_neighbors, dropout, reg_weight
         sizes = list(self.feature_sizes.values()) if reg_weight > 0 else []
         self.network = FREEDOMNetwork(num_users, num_items, sizes, hidden_size, num_layers, num_item_layers)
+        # Key of the pruning: from the seed at construction, and the same again in a resumed run.
+        self.register_buffer("draw_key", torch.randint(2**62, ()))
         self.graph: BipartiteGraph | None = None
         self.item_graph: SparseMatrix | None = None
         self.pruned: BipartiteGraph | None = None
@@ -229,7 +232,7 @@ class FREEDOM(TopNRecommender):
         # By a look at the epoch and in no hook: a run resumed in mid-epoch skips the hooks of its start.
         if self.pruned is None or self._pruned_epoch != self.current_epoch:
             count = max(1, round(self.edges.shape[1] * (1 - self.dropout)))
-            keys = self.edges[0] * self.num_items + self.edges[1]
+            keys = mix_keys(int(self.draw_key), self.edges[0] * self.num_items + self.edges[1])
             kept = kept_edges(self.edge_weights, keys, count, self.current_epoch)
             self.pruned = BipartiteGraph(self.edges[:, kept], self.num_users, self.num_items).to(self.device)
             self._pruned_epoch = self.current_epoch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.idsf.sparse import SparseMatrix
+from zoo.idsf.sparse import CompressedRows, SparseMatrix
 
 NORMS = ("sym", "sym_self", "rw", "rw_self")
 
@@ -18,12 +18,19 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, matrix: Tensor, transposed: Tensor, start: Tensor, added: Tensor | None, num_layers: int
+        ctx: Any,
+        matrix: CompressedRows,
+        transposed: CompressedRows,
+        start: Tensor,
+        added: Tensor | None,
+        num_layers: int,
     ) -> Tensor:
         ctx.transposed, ctx.num_layers, ctx.adds = transposed, num_layers, added is not None
         layer, total = start, start.clone()
         for _ in range(num_layers):
-            layer = matrix @ layer if added is None else torch.addmm(added, matrix, layer)
+            layer = matrix.matmul(layer)
+            if added is not None:
+                layer += added
             total += layer
         return total
 
@@ -32,12 +39,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, Tensor | None, None]:
         # Of e^(l): that of the sum, and what comes back from e^(l+1).
         layer, added = gradient, None
-        # Where backward is called under autocast: there is no product of a compressed matrix in half precision.
+        # Where backward is called under autocast: there is no such product in half precision.
         with torch.autocast(gradient.device.type, enabled=False):
             for _ in range(ctx.num_layers):
                 if ctx.adds:
                     added = layer.clone() if added is None else added.add_(layer)
-                layer = torch.addmm(gradient, ctx.transposed, layer)
+                layer = ctx.transposed.matmul(layer).add_(gradient)
         if ctx.adds and added is None:
             added = torch.zeros_like(gradient)
         return None, None, layer, added, None
@@ -108,10 +115,9 @@ class BipartiteGraph(SparseMatrix):
             e^(0) + ... + e^(L), float32 of the same shape, also under autocast.
         """
         with torch.autocast(start.device.type, enabled=False):
-            matrix, transposed = self.compressed()
             start = start.to(self.values.dtype)
             added = None if added is None else added.to(self.values.dtype)
-            total: Tensor = _Convolution.apply(matrix, transposed, start, added, num_layers)  # type: ignore[no-untyped-call]
+            total: Tensor = _Convolution.apply(*self.compressed(), start, added, num_layers)  # type: ignore[no-untyped-call]
             return total
 
 

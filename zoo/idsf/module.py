@@ -219,11 +219,13 @@ class IDSF(TopNRecommender):
 
     def _of_all_processes(self, ids: Tensor) -> Tensor:
         """The ids of the whole global batch: what is contrasted must not depend on the number of processes."""
-        if self._world_size == 1:
+        world = self._world_size
+        if world == 1:
             return ids
-        gathered = self.all_gather(ids)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten()
+        # Batches are equally long on all processes.
+        parts = [torch.empty_like(ids) for _ in range(world)]
+        torch.distributed.all_gather(parts, ids)
+        return torch.cat(parts)
 
     def _capped(self, item_ids: Tensor) -> Tensor:
         """Places of at most `contrast_cap` items, drawn at random, the same on all processes."""
@@ -289,7 +291,9 @@ class IDSF(TopNRecommender):
         users, items = self.vectors()
         arrays = {"users": users, "items": items}
         arrays |= {f"id_{name}": table for name, table in zip(self.modalities, self.network.ids(), strict=False)}
-        target = Path(path).with_suffix(".npz")
+        target = Path(path)
+        if target.suffix != ".npz":
+            target = target.with_name(f"{target.name}.npz")
         target.parent.mkdir(parents=True, exist_ok=True)
         np.savez(target, **{name: part.float().cpu().numpy() for name, part in arrays.items()})  # type: ignore[arg-type]
         return target

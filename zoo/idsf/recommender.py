@@ -11,15 +11,15 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from zoo.common.artifacts import log_figure, log_table
 from zoo.common.negatives import NegativeSampler
 from zoo.common.predictions import PredictionFile
 from zoo.common.ranking import FullRankingMetrics
-from zoo.idsf.figures import ItemCard, RecommendationRow, plot_recommendations
+from zoo.idsf.features import checked_features, feature_fingerprint, same_features, shown_fingerprint
 from zoo.idsf.graph import check_edges
+from zoo.idsf.lists import labels_of, show_recommendations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 20  # users in the table of recommendations
-_PICTURED = 4  # and in the picture
-_LISTED = 5  # items of each
 METRICS = ("recall", "ndcg", "precision", "hr")
 
 
@@ -62,6 +59,7 @@ class TopNRecommender(LightningModule):
 
     monitor = "val/recall@20"
     monitor_mode = "max"
+    draws_negatives = True
 
     def __init__(
         self,
@@ -106,7 +104,9 @@ class TopNRecommender(LightningModule):
         self._given_edges, self._given_features = train_edges, features
         self.negatives: NegativeSampler | None = None
         self._prepared = False
-        self._fingerprint: int | None = None  # of the features of the checkpoint, or of those at hand
+        self._edges_checksum = 0
+        # Of the features of the checkpoint, or of those at hand.
+        self._fingerprint: dict[str, list[float]] | None = None
         self._restored: tuple[Tensor, Tensor] | None = None
         self._encoded: tuple[Tensor, Tensor] | None = None
         self._predictions = PredictionFile(self)
@@ -138,6 +138,11 @@ class TopNRecommender(LightningModule):
         Raises:
             ValueError: If something is missing, or differs in size or content from what the model was made for.
         """
+        precision = str(getattr(self._trainer, "precision", ""))
+        if precision in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"precision {precision} would rank in half precision, which ties most items: use bf16-mixed"
+            )
         data = getattr(self._trainer, "datamodule", None)
         for name in ("num_users", "num_items"):
             found = getattr(data, name, None)
@@ -148,8 +153,18 @@ class TopNRecommender(LightningModule):
                 )
         edges = self._given_edges if self._given_edges is not None else getattr(data, "train_edges", None)
         features = self._given_features if self._given_features is not None else getattr(data, "features", None)
-        if not self._prepared and edges is not None and (features is not None or not self.modalities):
-            self._prepare(edges, features or {}, getattr(data, "cold_item_ids", None))
+        if edges is not None and (features is not None or not self.modalities):
+            if not self._prepared:
+                self._prepare(edges, features or {}, getattr(data, "cold_item_ids", None))
+            elif zlib.crc32(edges.cpu().numpy().tobytes()) != self._edges_checksum:
+                raise ValueError(
+                    f"{type(self).__name__} was set up with other training interactions than those of this "
+                    f"{type(data).__name__}: give the data options of the training, and test_path for other "
+                    "interactions to test on"
+                )
+            elif self.modalities:
+                own = checked_features(features or {}, self.feature_sizes, self.num_items)
+                _compare(self._fingerprint or {}, feature_fingerprint(own))
         if not self._prepared and (stage == "fit" or self._restored is None):
             what = "training interactions" if edges is None else f"features of {', '.join(self.modalities)}"
             raise ValueError(
@@ -160,16 +175,18 @@ class TopNRecommender(LightningModule):
     @torch.no_grad()
     def _prepare(self, edges: Tensor, features: Mapping[str, Tensor], cold: Tensor | None) -> None:
         check_edges(edges, self.num_users, self.num_items)
+        self._edges_checksum = zlib.crc32(edges.cpu().numpy().tobytes())
         if self.modalities:
             self._take_features(features)
         before = {name for name, _ in self.named_buffers()}
-        pool = None
-        if cold is not None and len(cold):
-            # What is not in the catalogue yet cannot be a negative.
-            warm = torch.ones(self.num_items, dtype=torch.bool)
-            warm[cold] = False
-            pool = warm.nonzero().flatten()
-        self.negatives = NegativeSampler(edges[0], edges[1], self.num_items, pool=pool)
+        if self.draws_negatives:
+            pool = None
+            if cold is not None and len(cold):
+                # What is not in the catalogue yet cannot be a negative.
+                warm = torch.ones(self.num_items, dtype=torch.bool)
+                warm[cold] = False
+                pool = warm.nonzero().flatten()
+            self.negatives = NegativeSampler(edges[0], edges[1], self.num_items, pool=pool)
         self.prepare(edges)
         # Tables that never change stay out of DDP's broadcast of buffers before every step.
         added = {name for name, _ in self.named_buffers()} - before
@@ -179,32 +196,14 @@ class TopNRecommender(LightningModule):
         self._prepared = True
 
     def _take_features(self, features: Mapping[str, Tensor]) -> None:
-        """Check features, and keep them as buffers (or hand them to `fill_features`)."""
-        fingerprint = 0
-        for name, size in self.feature_sizes.items():
-            if name not in features:
-                raise ValueError(f"modality {name!r} is missing: the data has {', '.join(sorted(features)) or 'none'}")
-            values = features[name]
-            if values.ndim != 2 or values.shape[1] != size:
-                raise ValueError(f"modality {name!r}: shape {tuple(values.shape)}, expected width {size}")
-            if len(values) != self.num_items:
-                raise ValueError(
-                    f"modality {name!r}: {len(values):,} rows, expected n_items={self.num_items:,}; features must be "
-                    "row-aligned with item ids"
-                )
-            values = values.float()
-            bad = (~values.isfinite().all(1)).nonzero().flatten()
-            if len(bad):
-                raise ValueError(f"modality {name!r}: row {int(bad[0])} holds NaN or Inf ({len(bad)} such rows)")
-            fingerprint = zlib.crc32(values.cpu().contiguous().numpy().tobytes(), fingerprint)
-        if self._fingerprint is not None and self._fingerprint != fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained on features with the fingerprint {self._fingerprint:08x}, those given "
-                f"have {fingerprint:08x}: give the features (and options) of the training"
-            )
+        """Check features, and hand them to `fill_features`."""
+        own = checked_features(features, self.feature_sizes, self.num_items)
+        fingerprint = feature_fingerprint(own)
         fresh = self._fingerprint is None
+        if self._fingerprint is not None:
+            _compare(self._fingerprint, fingerprint)
         self._fingerprint = fingerprint
-        self.fill_features({name: features[name].float() for name in self.modalities}, fresh)
+        self.fill_features(own, fresh)
 
     def fill_features(self, features: Mapping[str, Tensor], fresh: bool) -> None:
         """Keep the features.
@@ -224,9 +223,12 @@ class TopNRecommender(LightningModule):
 
     def training_step(self, batch: InteractionBatch, batch_idx: int) -> Tensor:
         """Loss of a batch; logs `train/loss` and its parts."""
+        if not self._prepared:
+            raise RuntimeError("graph and negatives are prepared in setup('fit'): call it before training steps")
         if self.negatives is None:
-            raise RuntimeError("the negatives are prepared in setup('fit'): call it before training steps")
-        negative_ids = self.negatives(batch.user_ids, batch.keys, self.num_negatives)
+            negative_ids = batch.item_ids.new_empty(len(batch.item_ids), 0)
+        else:
+            negative_ids = self.negatives(batch.user_ids, batch.keys, self.num_negatives)
         parts = self.loss_parts(batch.user_ids, batch.item_ids, negative_ids)
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         # Looking at a value waits for an accelerator, so there it is done as often as losses are logged.
@@ -339,7 +341,7 @@ class TopNRecommender(LightningModule):
         """Rank the test items of users."""
         scores = self._evaluate(batch, self.test_metrics)
         if batch_idx == 0 and self.trainer.is_global_zero:
-            self._show(batch, scores)
+            show_recommendations(self, batch, scores)
 
     def _end_evaluation(self, stage: str, metrics: FullRankingMetrics) -> None:
         for name, value in metrics.compute().items():
@@ -358,34 +360,6 @@ class TopNRecommender(LightningModule):
 
     # Lists for people.
 
-    def _labels(self, name: str) -> Callable[[int], str]:
-        """What ids are called, where the datamodule knows it."""
-        labels = getattr(getattr(self.trainer, "datamodule", None), name, None)
-        return str if labels is None else lambda index: str(labels[index])
-
-    def _show(self, batch: RankingBatch, scores: Tensor) -> None:
-        """A table, and a picture, of recommendations."""
-        users, data = self._labels("user_labels"), getattr(self.trainer, "datamodule", None)
-        names = self._labels("item_labels" if getattr(data, "item_names", None) is None else "item_names")
-        images = getattr(data, "images", None)
-
-        def cards(item_ids: list[int]) -> list[ItemCard]:
-            return [ItemCard(names(i), None if images is None else images[i]) for i in item_ids]
-
-        table: list[list[Any]] = []
-        pictured: list[RecommendationRow] = []
-        for row in range(min(_SHOWN, len(scores))):
-            best = scores[row].topk(min(_LISTED, self.num_items)).indices.tolist()
-            seen = batch.seen_ids[batch.seen_rows == row][:_LISTED].tolist()
-            targets = {item for item in batch.target_ids[row].tolist() if item >= 0}
-            hits = [item in targets for item in best]
-            user = users(int(batch.user_ids[row]))
-            table.append([user, [names(i) for i in seen], [names(i) for i in best], sum(hits)])
-            if len(pictured) < _PICTURED:
-                pictured.append(RecommendationRow(user, cards(seen), cards(best), hits))
-        log_table(self, "test/recommendations", ["user", "trained on", "recommended", "hits"], table)
-        log_figure(self, "test/recommendations", plot_recommendations(pictured))
-
     def on_predict_start(self) -> None:
         """Open `predictions.jsonl` in the run's folder (one file per process, if there are several)."""
         self._predictions.open()
@@ -397,7 +371,7 @@ class TopNRecommender(LightningModule):
         """
         best = self._scores(batch.user_ids, batch.seen_rows, batch.seen_ids, batch.candidate_ids).topk(self.top_k)
         if self._predictions.is_open:
-            user, item = self._labels("user_labels"), self._labels("item_labels")
+            user, item = labels_of(self, "user_labels"), labels_of(self, "item_labels")
             lists = zip(batch.user_ids.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
             for row, items, values in lists:
                 # A user with less than top_k items left has candidates of score -inf at the end.
@@ -426,17 +400,18 @@ class TopNRecommender(LightningModule):
         found = checkpoint.get("recommender")
         if found is None:
             return
-        if self._prepared and self._fingerprint != found["features"]:
-            raise ValueError(
-                f"the checkpoint was trained on features with the fingerprint {_hexadecimal(found['features'])}, "
-                f"those at hand have {_hexadecimal(self._fingerprint)}: give the features (and options) of the training"
-            )
+        if self._prepared:
+            _compare(found["features"] or {}, self._fingerprint or {})
         self._fingerprint = found["features"]
         self._restored = found["users"], found["items"]
 
 
-def _hexadecimal(fingerprint: int | None) -> str:
-    return "none" if fingerprint is None else f"{fingerprint:08x}"
+def _compare(trained: Mapping[str, list[float]], given: Mapping[str, list[float]]) -> None:
+    if not same_features(trained, given):
+        raise ValueError(
+            f"the model was trained on other features (norm/checksum: {shown_fingerprint(trained)}) than those given "
+            f"({shown_fingerprint(given)}): give the features, and options, of the training"
+        )
 
 
 def _rows_of(pairs: Tensor, user_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class CompressedRows(NamedTuple):
+    """A sparse matrix by rows.
+
+    Attributes:
+        row_starts: int64 `(rows + 1,)`; row r has the entries `row_starts[r]` to `row_starts[r + 1]`.
+        columns: int64 `(entries,)`.
+        values: Floating point `(entries,)`.
+        num_columns: Number of columns.
+    """
+
+    row_starts: Tensor
+    columns: Tensor
+    values: Tensor
+    num_columns: int
+
+    def matmul(self, dense: Tensor) -> Tensor:
+        """Product with `(num_columns, width)`; knows no gradient."""
+        if dense.device.type == "cpu":
+            # The same sums, several times faster than the product of a sparse tensor.
+            product: Tensor = F.embedding_bag(
+                self.columns, dense, self.row_starts, mode="sum", per_sample_weights=self.values,
+                include_last_offset=True,
+            )  # fmt: skip
+            return product
+        with warnings.catch_warnings():
+            # torch says once in a process that this format is in beta.
+            warnings.simplefilter("ignore")
+            shape = (len(self.row_starts) - 1, self.num_columns)
+            matrix = torch.sparse_csr_tensor(self.row_starts, self.columns, self.values, shape, check_invariants=False)
+        return matrix @ dense
 
 
 class _Product(torch.autograd.Function):
     """`matrix @ dense` for a constant matrix; autograd's own rule would transpose the matrix in every step."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, transposed: Tensor, dense: Tensor) -> Tensor:
+    def forward(ctx: Any, matrix: CompressedRows, transposed: CompressedRows, dense: Tensor) -> Tensor:
         ctx.transposed = transposed
-        return matrix @ dense
+        return matrix.matmul(dense)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
-        # Where backward is called under autocast: there is no product of a compressed matrix in half precision.
-        with torch.autocast(gradients[0].device.type, enabled=False):
-            return None, None, ctx.transposed @ gradients[0]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        # Where backward is called under autocast: there is no such product in half precision.
+        with torch.autocast(gradient.device.type, enabled=False):
+            return None, None, ctx.transposed.matmul(gradient)
 
 
 class SparseMatrix(nn.Module):
@@ -70,10 +105,6 @@ class SparseMatrix(nn.Module):
             self.register_buffer(f"{prefix}row_starts", starts, persistent=False)
             self.register_buffer(f"{prefix}columns", column.contiguous(), persistent=False)
             self.register_buffer(f"{prefix}values", matrix.values(), persistent=False)
-        with warnings.catch_warnings():
-            # torch says once in a process that this format is in beta.
-            warnings.simplefilter("ignore")
-            self._compressed(self.row_starts, self.columns, self.values, shape)
 
     @property
     def num_entries(self) -> int:
@@ -87,21 +118,17 @@ class SparseMatrix(nn.Module):
             `(rows of the matrix, width)`.
         """
         with torch.autocast(dense.device.type, enabled=False):
-            matrix, transposed = self.compressed()
-            product: Tensor = _Product.apply(matrix, transposed, dense.to(self.values.dtype))  # type: ignore[no-untyped-call]
+            dense = dense.to(self.values.dtype)
+            product: Tensor = _Product.apply(*self.compressed(), dense)  # type: ignore[no-untyped-call]
             return product
 
-    def compressed(self) -> tuple[Tensor, Tensor]:
-        """The matrix and its transpose as sparse tensors in compressed rows, on the values of the buffers."""
-        matrix = self._compressed(self.row_starts, self.columns, self.values, self.shape)
-        transposed = self._compressed(
-            self.transposed_row_starts, self.transposed_columns, self.transposed_values, self.shape[::-1]
+    def compressed(self) -> tuple[CompressedRows, CompressedRows]:
+        """The matrix and its transpose, on the buffers."""
+        matrix = CompressedRows(self.row_starts, self.columns, self.values, self.shape[1])
+        transposed = CompressedRows(
+            self.transposed_row_starts, self.transposed_columns, self.transposed_values, self.shape[0]
         )
         return matrix, transposed
-
-    @staticmethod
-    def _compressed(row_starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-        return torch.sparse_csr_tensor(row_starts, columns, values, shape, check_invariants=False)
 
     def to_dense(self) -> Tensor:
         """The whole matrix `(rows, columns)`."""

@@ -72,7 +72,7 @@ class VBPR(TopNRecommender):
         self.reg_weight = reg_weight
         self.user_id = id_table(num_users, 2 * hidden_size)
         self.item_id = id_table(num_items, hidden_size)
-        self.projection = nn.Linear(sum(feature_sizes), hidden_size)
+        self.projection = nn.Linear(sum(feature_sizes), hidden_size, bias=False)
 
     def _items(self, item_ids: Tensor | None = None) -> Tensor:
         """[ID ; projected features] of some items, or of all."""

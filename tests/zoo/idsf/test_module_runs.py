@@ -86,13 +86,41 @@ def test_a_checkpoint_without_data_recommends_the_same(trained: Trained) -> None
 
 
 def test_other_features_than_those_of_the_checkpoint_are_refused(trained: Trained, tmp_path: Path) -> None:
-    data, pattern = new_data(feature_norm="l2"), "fingerprint [0-9a-f]{8}, those %s have [0-9a-f]{8}: give the features"
-    with pytest.raises(ValueError, match=pattern % "given"):
+    data, pattern = (
+        new_data(feature_norm="l2"),
+        r"other features \(.*image [\d.]+/.*\) than those given \(image [\d.]+/",
+    )
+    with pytest.raises(ValueError, match=pattern):
         trainer(tmp_path).test(IDSF.load_from_checkpoint(trained.path), datamodule=data, verbose=False)
     model = model_for(data, trainable_features=True)
     trainer(tmp_path, fast_dev_run=True).validate(model, datamodule=data, verbose=False)
-    with pytest.raises(ValueError, match=pattern % "at hand"):
+    with pytest.raises(ValueError, match=pattern):
         model.on_load_checkpoint(torch.load(trained.path, weights_only=True))
+    model = model_for(new_data())
+    trainer(tmp_path, fast_dev_run=True).validate(model, datamodule=new_data(), verbose=False)
+    with pytest.raises(ValueError, match=pattern):
+        trainer(tmp_path).test(model, datamodule=data, verbose=False)
+
+
+def test_the_last_digits_of_features_do_not_matter_to_a_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    data = new_data()
+    data.features = {name: part * (1 + 1e-6) for name, part in data.features.items()}
+    (found,) = trainer(tmp_path).test(IDSF.load_from_checkpoint(trained.path), datamodule=data, verbose=False)
+    assert found == pytest.approx(trained.results, abs=0.02)
+
+
+def test_other_training_interactions_are_refused_by_a_model_that_is_set_up(trained: Trained, tmp_path: Path) -> None:
+    model = model_for(new_data())
+    trainer(tmp_path, fast_dev_run=True).validate(model, datamodule=new_data(), verbose=False)
+    with pytest.raises(ValueError, match=r"set up with other training interactions .* test_path"):
+        trainer(tmp_path).test(model, datamodule=new_data(split_seed=5), verbose=False)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_half_precision_as_such_is_refused(precision: str, tmp_path: Path) -> None:
+    data = new_data()
+    with pytest.raises(ValueError, match=f"precision {precision} .* use bf16-mixed"):
+        trainer(tmp_path, precision=precision).fit(model_for(data), datamodule=data)
 
 
 def test_another_number_of_items_is_refused_naming_both(trained: Trained, tmp_path: Path) -> None:

@@ -70,9 +70,7 @@ def projected_items(model: Any) -> Tensor:
     rows = []
     for item in range(NUM_ITEMS):
         x = torch.cat([features()[name][item] for name in ("image", "text")]).double()
-        rows.append(
-            torch.cat([dense(model.item_id)[item], dense(model.projection.weight) @ x + dense(model.projection.bias)])
-        )
+        rows.append(torch.cat([dense(model.item_id)[item], dense(model.projection.weight) @ x]))
     return torch.stack(rows)
 
 
