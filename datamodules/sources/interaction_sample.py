@@ -15,7 +15,7 @@ from datamodules.interaction_rows import InteractionTable
 NUM_TOPICS, NUM_STYLES = 12, 10
 _TEXT_SIZE, _IMAGE_SIZE = 32, 48
 _ITEMS_PER_USER = 2 / 3
-_CHOICES = (6, 13)  # fewest items of a user, and one more than most
+_CHOICES = (5, 9)  # fewest items of a user, and one more than most
 _TOPIC, _STYLE, _POPULARITY = 3.0, 2.0, 0.8  # in logits
 _NOISE = 0.7  # of the features, whose groups differ by about sqrt(2)
 _PAIRED = 2  # a modality shows pairs of topics only: text (0, 1), (2, 3) ..., image (1, 2), (3, 4) ...
@@ -42,7 +42,7 @@ class InteractionSample(NamedTuple):
 def draw_sample(num_users: int, seed: int = 0) -> InteractionSample:
     """Generate the sample.
 
-    A user likes two topics and one style, and chooses 6 to 14 items without replacement with probabilities that grow
+    A user likes two topics and one style, and chooses 5 to 8 items without replacement with probabilities that grow
     with each likeness and with the item's popularity, which has a long tail. There are two items to three users.
 
     Args:
