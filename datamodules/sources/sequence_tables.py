@@ -236,6 +236,7 @@ def read_delimited(
     rows = _check_lines(path, separator, len(header), before)
     if not rows:
         raise ValueError(f"{path} has no rows, only a header")
+    kept = [name for name in texts if name in wanted]
     frame = pd.read_csv(
         path,
         sep=separator,
@@ -244,14 +245,15 @@ def read_delimited(
         usecols=wanted,
         skiprows=before,
         nrows=rows,
-        dtype={name: "category" for name in texts if name in wanted},
+        dtype=dict.fromkeys(kept, "str"),
         encoding="utf-8-sig",
         keep_default_na=False,
         na_values=list(missing),
         skipinitialspace=spaced,
         low_memory=False,
     )
-    return frame, before + 1
+    # Read as categories at once, 010 and 10 would become one number.
+    return frame.astype(dict.fromkeys(kept, "category")), before + 1
 
 
 def from_frame(

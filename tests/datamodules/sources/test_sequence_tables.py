@@ -148,3 +148,10 @@ def test_repeated_rows_are_dropped_on_request_and_counted(tmp_path: Path, caplog
         data = SequenceData(path=csv(tmp_path, text), drop_duplicates=True)
         assert external(data)["al"] == ["NA", "NA", "007", "B01", "A9"]
     assert "dropped 1 of 10 rows that repeat another" in caplog.text
+
+
+def test_texts_of_digits_stay_apart_in_a_delimited_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("code,value\n010,1\n10,2\n1e1,3\n")
+    frame, first = read_delimited(tmp_path / "rows.csv", ",", lambda header: header, ["code"])
+    assert frame["code"].tolist() == ["010", "10", "1e1"] and first == 2
+    assert frame["code"].dtype == "category" and frame["value"].tolist() == [1, 2, 3]
