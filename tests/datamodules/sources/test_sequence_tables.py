@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from datamodules import SequenceData
+from datamodules.sources.sequence_tables import read_delimited
 
 if TYPE_CHECKING:
     from pathlib import Path
