@@ -67,7 +67,7 @@ def check_table(table: InteractionTable) -> InteractionTable:
         user_ids=user_ids[places],
         item_ids=item_ids[places],
         split=None if table.split is None else table.split[places].astype(np.int8),
-        features=check_features(table.features, table.num_items),
+        features=check_features(table.features, table.num_items, name),
     )
 
 

@@ -21,12 +21,13 @@ Features = dict[str, "NDArray[np.float32]"]
 NORMS = (None, "l2", "standardize")
 
 
-def check_features(features: Mapping[str, NDArray[np.floating]], num_items: int) -> Features:
+def check_features(features: Mapping[str, NDArray[np.floating]], num_items: int, source: str) -> Features:
     """Features as float32, one finite row an item.
 
     Args:
         features: Modality to `(num_items, size)`, of any floating type.
         num_items: Size of the catalogue.
+        source: What the data is called in messages.
 
     Raises:
         ValueError: If a modality has another shape, or a value that is no number or beyond float32.
@@ -35,10 +36,10 @@ def check_features(features: Mapping[str, NDArray[np.floating]], num_items: int)
     for name in sorted(features):
         rows = np.asarray(features[name])
         if rows.ndim != 2 or rows.shape[1] == 0:
-            raise ValueError(f"modality {name!r}: shape {rows.shape}, expected (num_items, size)")
+            raise ValueError(f"{source}: modality {name!r}: shape {rows.shape}, expected (num_items, size)")
         if len(rows) != num_items:
             raise ValueError(
-                f"modality {name!r}: {len(rows):,} rows, expected num_items={num_items:,}; features must be "
+                f"{source}: modality {name!r}: {len(rows):,} rows, expected num_items={num_items:,}; features must be "
                 "row-aligned with item ids"
             )
         # float16 overflows in a sum, and float64 in the cast: no statistic before it, no check but after it.
@@ -49,8 +50,8 @@ def check_features(features: Mapping[str, NDArray[np.floating]], num_items: int)
             first = int(bad.argmax())
             value = rows[first][~np.isfinite(rows[first])][0]
             raise ValueError(
-                f"modality {name!r}: {np.count_nonzero(bad)} of {num_items} rows are not finite, the first is row "
-                f"{first} with {value}; expected finite float32 values"
+                f"{source}: modality {name!r}: {np.count_nonzero(bad)} of {num_items} rows are not finite, the first "
+                f"is row {first} with {value}; give items without content the mean vector of the others"
             )
         low, high = rows.min(axis=1), rows.max(axis=1)
         zero = int(np.count_nonzero((low == 0) & (high == 0)))
@@ -58,9 +59,9 @@ def check_features(features: Mapping[str, NDArray[np.floating]], num_items: int)
         constant = int(np.count_nonzero((low == high) & (low != 0))) if rows.shape[1] > 1 else 0
         if zero + constant > 0.01 * num_items:
             log.warning(
-                "modality %r: %d rows of %d are all zero and %d constant: normalised, they are undefined or identical. "
-                "Give items without content the mean vector of the others",
-                name, zero, num_items, constant,
+                "%s: modality %r: %d rows of %d are all zero and %d constant: normalised, they are undefined or "
+                "identical. Give items without content the mean vector of the others",
+                source, name, zero, num_items, constant,
             )  # fmt: skip
         checked[name] = rows
     if len(checked) == 1:

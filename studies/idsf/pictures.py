@@ -20,7 +20,7 @@ def ablation(study: Path, target: Path) -> None:
     """
     summary = json.loads(study.read_text(encoding="utf-8"))["summary"]
     bars = {name: (row[METRIC]["mean"], row[METRIC]["std"] or 0.0) for name, row in summary.items()}
-    plot_ablation(bars, "Recall@20 (bars: mean; whiskers: standard deviation over seeds)").savefig(target, dpi=120)
+    plot_ablation(bars, "Recall@20").savefig(target, dpi=120)
 
 
 if __name__ == "__main__":

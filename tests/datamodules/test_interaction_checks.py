@@ -82,9 +82,9 @@ def with_value(value: float, dtype: type = np.float32) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": {"text": np.ones((48, 3))}}, r"modality 'text': 48 rows, expected num_items=50; .* row-aligned"),
+        ({"features": {"text": np.ones((48, 3))}}, r"toy: modality 'text': 48 rows, expected num_items=50; .*aligned"),
         ({"features": {"text": np.ones(50)}}, r"modality 'text': shape \(50,\), expected \(num_items, size\)"),
-        ({"features": with_value(np.nan)}, "'text': 2 of 50 rows are not finite, the first is row 17 with nan"),
+        ({"features": with_value(np.nan)}, "toy: .* 'text': 2 of 50 rows are not finite, the first is row 17 with nan"),
         ({"features": with_value(np.inf, np.float16)}, "'text': 2 of 50 rows .* the first is row 17 with inf"),
         ({"features": with_value(1e300, np.float64)}, "'text': 2 of 50 rows .* the first is row 17 with inf"),
         ({"item_labels": np.arange(45)}, r"toy: \d+ of \d+ item ids are out of range: .* 0 to 49, expected 0..44"),

@@ -35,7 +35,7 @@ class ItemGraph(NamedTuple):
 
     def smooth(self, items: Tensor) -> Tensor:
         """Sum over the neighbours of vectors `(num_items, d)`, with a gradient for the values, too."""
-        return (self.values[:, None] @ F.embedding(self.ids, items)).squeeze(1)
+        return (self.values[:, None].to(items.dtype) @ F.embedding(self.ids, items)).squeeze(1)
 
     def normalized(self) -> ItemGraph:
         """D^-1/2 A D^-1/2 with the row sums D; an item whose sum is not positive has no neighbours."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zoo.common.artifacts import log_figure, log_table
 from zoo.idsf.figures import ItemCard, RecommendationRow, plot_recommendations
 
@@ -37,14 +39,18 @@ def show_recommendations(module: LightningModule, batch: RankingBatch, scores: T
 
     table: list[list[Any]] = []
     pictured: list[RecommendationRow] = []
-    for row in range(min(_SHOWN, len(scores))):
-        best = scores[row].topk(min(_LISTED, scores.shape[1])).indices.tolist()
+    # Users of a batch come in the order of their number of targets: from the fewest to the most.
+    for row in torch.linspace(0, len(scores) - 1, min(_SHOWN, len(scores))).long().tolist():
+        top = scores[row].topk(min(_LISTED, scores.shape[1]))
+        # What is not ranked ends a list of fewer candidates.
+        best = top.indices[top.values > -torch.inf].tolist()
         seen = batch.seen_ids[batch.seen_rows == row][:_LISTED].tolist()
         targets = {item for item in batch.target_ids[row].tolist() if item >= 0}
         hits = [item in targets for item in best]
         user = users(int(batch.user_ids[row]))
         table.append([user, [names(i) for i in seen], [names(i) for i in best], sum(hits)])
-        if len(pictured) < _PICTURED:
+        if best and (len(table) - 1) % (_SHOWN // _PICTURED) == 0:
             pictured.append(RecommendationRow(user, cards(seen), cards(best), hits))
     log_table(module, "test/recommendations", ["user", "trained on", "recommended", "hits"], table)
-    log_figure(module, "test/recommendations", plot_recommendations(pictured))
+    if pictured:
+        log_figure(module, "test/recommendations", plot_recommendations(pictured))

@@ -174,7 +174,7 @@ class IDSF(TopNRecommender):
 
     def _graph(self) -> BipartiteGraph:
         if self.graph is None:
-            self.setup("predict")
+            self.setup("fit")
         assert self.graph is not None
         return self.graph
 
@@ -238,7 +238,9 @@ class IDSF(TopNRecommender):
         """Sum of the contrastive losses of all pairs of views; processes share the anchors."""
         total = len(views.fused) if index is None else len(index)
         world = self._world_size
-        rows = torch.arange(self.global_rank, total, world, device=views.fused.device)
+        # The module's own `global_rank` is 0 in every process of a Fabric.
+        rank = 0 if world == 1 else self.trainer.global_rank
+        rows = torch.arange(rank, total, world, device=views.fused.device)
         # DDP averages over processes: each takes its anchors' share of the mean, times their number.
         share = len(rows) * world / total
         losses = [multi_view_nce(anchors, others, self.temperature, index, rows) for anchors, others in views.pairs()]

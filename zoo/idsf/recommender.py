@@ -82,9 +82,9 @@ class TopNRecommender(LightningModule):
             if size is None or size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}: set --model.{name}")
         if not ks or min(ks) < 1 or max(ks) > num_items:
-            raise ValueError(f"ks must be cut-offs between 1 and num_items={num_items}, got {ks}")
+            raise ValueError(f"ks must be cut-offs between 1 and num_items={num_items}, got {ks}: set --model.ks")
         if not 1 <= top_k <= num_items:
-            raise ValueError(f"top_k must be between 1 and num_items={num_items}, got {top_k}")
+            raise ValueError(f"top_k must be between 1 and num_items={num_items}, got {top_k}: set --model.top_k")
         if not lr > 0 or not 0 < lr_decay <= 1 or lr_decay_epochs < 1 or num_negatives < 1:
             raise ValueError(
                 "lr must be above 0, lr_decay in (0, 1], lr_decay_epochs and num_negatives at least 1, got "
@@ -216,7 +216,13 @@ class TopNRecommender(LightningModule):
             self.register_buffer(f"features_{place}", features[name], persistent=False)
 
     def feature_list(self) -> list[Tensor]:
-        """Features `(num_items, D_m)` in the order of `modalities`."""
+        """Features `(num_items, D_m)` in the order of `modalities`.
+
+        Raises:
+            ValueError: If there are none: a loaded model has the vectors of users and items alone.
+        """
+        if self.modalities and not hasattr(self, "features_0"):
+            self.setup("fit")
         return [getattr(self, f"features_{place}") for place in range(len(self.modalities))]
 
     # Training.
@@ -416,8 +422,12 @@ def _compare(trained: Mapping[str, list[float]], given: Mapping[str, list[float]
 
 def _rows_of(pairs: Tensor, user_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs (user id, item id) of the users asked for, as rows of `user_ids` and item ids."""
-    rows, columns = (user_ids[:, None] == pairs[0]).nonzero(as_tuple=True)
-    return rows, pairs[1][columns]
+    owners, order = pairs[0].to(user_ids.device).sort()
+    starts = torch.searchsorted(owners, user_ids)
+    counts = torch.searchsorted(owners, user_ids, right=True) - starts
+    rows = torch.repeat_interleave(counts)
+    within = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    return rows, pairs[1].to(user_ids.device)[order[starts[rows] + within]]
 
 
 __all__ = ["METRICS", "TopNRecommender"]

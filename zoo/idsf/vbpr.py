@@ -78,7 +78,7 @@ class VBPR(TopNRecommender):
         """[ID ; projected features] of some items, or of all."""
         features = self.feature_list()
         if item_ids is None:
-            return torch.cat([self.item_id, self.projection(torch.cat(features, dim=1))], dim=1)
+            return torch.cat([self.item_id, self.projection(torch.cat(features, dim=1))], dim=1).float()
         projected = self.projection(torch.cat([values[item_ids] for values in features], dim=1))
         return torch.cat([self.item_id[item_ids], projected.float()], dim=1)
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from lightning import Trainer, seed_everything
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.idsf.losses import batch_penalty, bpr_loss
 from zoo.idsf.module import IDSF
+from zoo.idsf.recommender import _rows_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,6 +211,24 @@ def test_what_was_seen_is_never_recommended() -> None:
         assert scores[row].tolist() == sorted(scores[row].tolist(), reverse=True)
 
 
+def test_what_all_users_have_seen_takes_no_memory_of_users_times_pairs() -> None:
+    many, pairs = torch.arange(20_000), torch.stack([torch.arange(20_000), torch.arange(20_000) % NUM_ITEMS])
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            largest = max(largest, found.numel() if isinstance(found, Tensor) else 0)
+            return found
+
+    with Sizes():
+        rows, items = _rows_of(pairs, many)
+    assert rows.equal(many)
+    assert items.equal(pairs[1])
+    assert largest <= len(many) + 1
+
+
 def test_more_items_than_are_left_are_refused() -> None:
     model = new_model()
     with pytest.raises(ValueError, match=r"k must be between 1 and 9, the items left for a user .* got 10"):
@@ -238,6 +258,30 @@ def test_the_weights_of_each_attention_sum_to_one() -> None:
     for values in weights.values():
         assert values.requires_grad is False
         torch.testing.assert_close(values.sum(1), torch.ones(len(values)))
+
+
+@pytest.mark.parametrize("ask", ["attention_weights", "content_views", "representations", "encode"])
+def test_a_model_that_was_given_its_data_can_be_asked_before_its_setup(ask: str) -> None:
+    names = list(SIZES)
+    model = IDSF(NUM_USERS, NUM_ITEMS, names, list(SIZES.values()), 4, ks=[2], top_k=2, train_edges=edges(),
+                 features=features())  # fmt: skip
+    assert getattr(model, ask)() is not None
+    without = IDSF(NUM_USERS, NUM_ITEMS, names, list(SIZES.values()), 4, ks=[2], top_k=2)
+    without._restored = model.vectors()
+    with pytest.raises(ValueError, match=r"IDSF needs the training interactions: .* pass train_edges= and features="):
+        getattr(without, ask)()
+
+
+def test_the_processes_of_a_fabric_take_different_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(contrast_scope="all")
+    whole = model._contrast(model.content_views(), None)
+    shares = []
+    for rank in range(2):
+        # A module knows a Fabric by this alone.
+        monkeypatch.setattr(model, "_fabric", SimpleNamespace(world_size=2, global_rank=rank))
+        shares.append(model._contrast(model.content_views(), None))
+    torch.testing.assert_close(torch.stack(shares).mean(), whole)
+    assert not torch.isclose(shares[0], shares[1])
 
 
 def test_the_views_of_content_are_those_that_the_vectors_are_made_of() -> None:

@@ -164,3 +164,14 @@ def test_under_mixed_precision_the_graph_stays_float32_which_is_told_once(
     assert dtypes == {torch.float32}
     told = [record for record in caplog.records if "the steps along the graph stay float32" in record.getMessage()]
     assert len(told) == (precision == "bf16-mixed")
+
+
+def test_lists_of_few_candidates_name_nothing_else(tmp_path: Path) -> None:
+    data = new_data(cold_fraction=4)
+    model, running = model_for(data, cl_weight=0.0), trainer(tmp_path)
+    running.fit(model, datamodule=data)
+    running.test(model, datamodule=data, verbose=False)
+    (path,) = tmp_path.rglob("recommendations.jsonl")
+    names = [data.item_names[item] for item in next(iter(data.test_dataloader())).candidate_ids.tolist()]
+    for line in path.read_text().splitlines():
+        assert sorted(json.loads(line)["recommended"]) == sorted(names)

@@ -168,6 +168,16 @@ def test_under_autocast_vectors_stay_float32_and_the_loss_is_close(kind: type[To
 
 
 @pytest.mark.parametrize("kind", [BPRMF, LightGCN, VBPR])
+def test_in_double_precision_losses_and_scores_are_close(kind: type[TopNRecommender]) -> None:
+    model = new_model(kind)
+    losses, scores = model.loss_parts(USERS, ITEMS, NEGATIVES), model.recommend(USERS, 3)[1]
+    model.double()
+    for name, part in model.loss_parts(USERS, ITEMS, NEGATIVES).items():
+        torch.testing.assert_close(part, losses[name], check_dtype=False)
+    torch.testing.assert_close(model.recommend(USERS, 3)[1], scores, check_dtype=False)
+
+
+@pytest.mark.parametrize("kind", [BPRMF, LightGCN, VBPR])
 def test_the_best_items_are_those_of_the_largest_scores(kind: type[TopNRecommender]) -> None:
     model = new_model(kind)
     users, items = model.vectors()
