@@ -143,6 +143,8 @@ class TopNRecommender(LightningModule):
             raise ValueError(
                 f"precision {precision} would rank in half precision, which ties most items: use bf16-mixed"
             )
+        if "FSDP" in type(getattr(self._trainer, "strategy", None)).__name__:
+            raise ValueError("fsdp would split the vectors that every process needs whole: use ddp")
         data = getattr(self._trainer, "datamodule", None)
         for name in ("num_users", "num_items"):
             found = getattr(data, name, None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from datamodules.interaction import InteractionData
@@ -114,6 +115,15 @@ def test_other_training_interactions_are_refused_by_a_model_that_is_set_up(train
     trainer(tmp_path, fast_dev_run=True).validate(model, datamodule=new_data(), verbose=False)
     with pytest.raises(ValueError, match=r"set up with other training interactions .* test_path"):
         trainer(tmp_path).test(model, datamodule=new_data(split_seed=5), verbose=False)
+
+
+def test_sharding_of_weights_is_refused(tmp_path: Path) -> None:
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    running = trainer(tmp_path, strategy=FSDPStrategy("cpu"))
+    with pytest.raises(ValueError, match=r"fsdp would split .* use ddp"):
+        running.fit(model_for(new_data()), datamodule=new_data())
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
