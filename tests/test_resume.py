@@ -44,3 +44,14 @@ def test_killed_and_resumed_equals_uninterrupted(run, tmp_path, method: Method, 
     assert expected.keys() == actual.keys()
     different = [name for name in expected if not torch.equal(expected[name], actual[name])]
     assert not different
+
+
+@pytest.mark.parametrize("name", ["ToyModel", "SASRec", "IDSF"])
+def test_a_run_that_ended_in_mid_epoch_goes_on_as_if_it_had_not(run, tmp_path, name: str):
+    (method,) = (method for method in METHODS if method.name == name)
+    straight = run("fit", *method.command, "--trainer.default_root_dir", str(tmp_path / "straight"))
+    run("fit", *method.command, "--trainer.max_steps", "3")
+    resumed = run("fit", *method.command, "--ckpt_path", "last")
+    assert resumed.trainer.global_step == straight.trainer.global_step > 2 * 3
+    expected, actual = straight.model.state_dict(), resumed.model.state_dict()
+    assert not [key for key in expected if not torch.equal(expected[key], actual[key])]

@@ -203,6 +203,19 @@ class LastCheckpoint(ModelCheckpoint):
         )
         _save_at_step_zero(self)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count an epoch that `max_steps` or `max_time` cut short as one that a resumed run is still in.
+
+        Lightning counts it as processed, so that the resumed run gives all later epochs the order of their successors.
+        """
+        loop = checkpoint["loops"]["fit_loop"]
+        batches = loop["epoch_loop.batch_progress"]
+        if batches["current"]["ready"] and not batches["is_last_batch"]:
+            for epochs in loop["epoch_progress"].values():
+                unfinished = epochs["ready"] - 1
+                epochs["processed"] = min(epochs["processed"], unfinished)
+                epochs["completed"] = min(epochs["completed"], unfinished)
+
 
 def _save_at_step_zero(callback: ModelCheckpoint) -> None:
     """Make a checkpoint of a model that has no optimizer, which never leaves step 0 and otherwise counts as saved."""
