@@ -71,11 +71,14 @@ class NegativeSampler(nn.Module):
         columns = torch.arange(count, device=user_ids.device)
         keys = keys[:, None].expand(-1, count)
         drawn = self._draw(keys, columns, 0)
+        rows, places = self._met(user_ids[:, None], drawn).nonzero(as_tuple=True)
         attempt = 0
-        while bool((met := self._met(user_ids[:, None], drawn)).any()):
+        while len(rows):
             attempt += 1
-            again = met.nonzero(as_tuple=True)
-            drawn[again] = self._draw(keys[again], columns[again[1]], attempt)
+            fresh = self._draw(keys[rows, places], places, attempt)
+            drawn[rows, places] = fresh
+            met = self._met(user_ids[rows], fresh)
+            rows, places = rows[met], places[met]
         return drawn
 
     def _draw(self, keys: Tensor, columns: Tensor, attempt: int) -> Tensor:
