@@ -45,8 +45,8 @@ def step_bytes(
     - graph: a matrix of 2E + N entries and its transpose, values of 4 and columns of 8 bytes;
     - structure: c_m, I d each, and five matrices N x M d: IDs, layer, sum, and two that a sum or product makes;
     - attention: 2M scores of the item branch and M + 2 mixes, `num_batch_items` x d each;
-    - contrast: 3 M losses, for each a matrix of log probabilities n x 2n of which the backward pass needs all, and two
-      more while one is made; n = `num_contrasted`. Over all items in chunks: three matrices of a chunk x 2 I.
+    - contrast: two matrices of a chunk x 2n while one loss is made, n = `num_contrasted`, and of each of the 3 M losses
+      its gradients, 2 n d.
 
     Args:
         size: Of the data.
@@ -64,8 +64,7 @@ def step_bytes(
         + (m + (3 if m > 1 else 0)) * (d * d + 2 * d)
     )
     chunk = min(num_contrasted, 4096)
-    kept = 0 if chunk < num_contrasted else 3 * m
-    blocks = (kept + (3 if chunk < num_contrasted else 2)) * chunk * 2 * num_contrasted
+    contrast = 2 * chunk * 2 * num_contrasted + 3 * m * 2 * num_contrasted * d
     return {
         "parameters": parameters,
         "gradients": parameters,
@@ -74,7 +73,7 @@ def step_bytes(
         "graph": 2 * (12 * entries + 8 * nodes),
         "structure": 4 * m * d * (size.num_items + 5 * nodes),
         "attention": 4 * d * num_batch_items * (4 * m + 2),
-        "contrast": 4 * blocks,
+        "contrast": 4 * contrast,
     }
 
 

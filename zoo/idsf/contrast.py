@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 
 def multi_view_nce(
@@ -29,8 +31,8 @@ def multi_view_nce(
         index: int64 `(any,)`: only these items take part, as anchors and as negatives. All by default.
         rows: int64, places in `index`: only these are anchors, all of `index` are negatives. All by default. With the
             processes of a distributed run sharing the anchors, their mean is the mean over all.
-        chunk: Anchors whose similarities are held at once; further ones are recomputed in the backward pass, so that
-            memory grows with `chunk * items` and not with `items ** 2`.
+        chunk: Anchors whose similarities are held at once. Their gradient is taken in the same pass and nothing of
+            them is kept, so that memory grows with `chunk * items` and not with `items ** 2`.
 
     Returns:
         Scalar, float32 also under autocast (float64 for float64).
@@ -57,22 +59,43 @@ def multi_view_nce(
         views = F.normalize(views.to(precision), dim=1)
         if rows is None:
             rows = torch.arange(len(anchors), device=anchors.device)
+        loss: Tensor = _Contrast.apply(anchors, views, rows, temperature, chunk)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _Contrast(torch.autograd.Function):
+    """The loss of unit rows, with its gradient taken block by block in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, views: Tensor, rows: Tensor, temperature: float, chunk: int) -> Tensor:
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        items = len(anchors)
         # One product for both kinds of negatives.
         candidates = torch.cat([views, anchors])
+        of_candidates = torch.zeros_like(candidates) if needed else None
+        of_anchors = torch.zeros_like(anchors) if needed else None
         total = anchors.new_zeros(())
-        several = len(rows) > chunk
         for part in torch.split(rows, chunk):
-            if several and torch.is_grad_enabled():
-                piece = checkpoint(_block, anchors, candidates, part, temperature, use_reentrant=False)
-            else:
-                piece = _block(anchors, candidates, part, temperature)
-            total = total + piece
-        return total / max(1, len(rows))
+            scaled, own = anchors[part] / temperature, part[:, None]
+            similarity = scaled @ candidates.T
+            # The positive stays in the denominator; the anchor with itself does not.
+            similarity.scatter_(1, own + items, -torch.inf)
+            logs = F.log_softmax(similarity, dim=1)
+            total -= logs.gather(1, own).sum()
+            if of_candidates is not None and of_anchors is not None:
+                # Of the similarities: the softmax, less 1 at the positive.
+                gradient = logs.exp_()
+                gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
+                of_anchors[part] = gradient @ candidates / temperature
+                of_candidates.addmm_(gradient.T, scaled)
+        count = max(1, len(rows))
+        if of_candidates is not None and of_anchors is not None:
+            of_views, of_negatives = of_candidates[:items], of_candidates[items:]
+            ctx.save_for_backward((of_anchors + of_negatives) / count, of_views / count)
+        return total / count
 
-
-def _block(anchors: Tensor, candidates: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """Sum of the losses of some anchors."""
-    similarity = (anchors[rows] / temperature) @ candidates.T
-    # The positive stays in the denominator; the anchor with itself does not.
-    similarity.scatter_(1, rows[:, None] + len(anchors), -torch.inf)
-    return F.cross_entropy(similarity, rows, reduction="sum")
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        of_anchors, of_views = ctx.saved_tensors
+        return of_anchors * gradient, of_views * gradient, None, None, None

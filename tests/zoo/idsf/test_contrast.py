@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import zoo.idsf.contrast
 from zoo.idsf.contrast import multi_view_nce
 
 
@@ -83,24 +82,26 @@ def test_chunks_change_neither_the_value_nor_the_gradients(chunk: int) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_several_chunks_are_computed_again_for_the_gradient_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    counted: list[int] = []
-    block = zoo.idsf.contrast._block
+def test_no_similarities_are_kept_for_the_backward_pass() -> None:
+    anchors, views = (x.detach().requires_grad_() for x in pair(40, 3))
+    kept: list[int] = []
 
-    def counting(anchors: Tensor, candidates: Tensor, rows: Tensor, temperature: float) -> Tensor:
-        counted.append(len(rows))
-        return block(anchors, candidates, rows, temperature)
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
 
-    monkeypatch.setattr(zoo.idsf.contrast, "_block", counting)
-    value_and_gradients(*pair(), chunk=3)
-    assert sorted(counted) == [1, 1, 3, 3, 3, 3]
-    counted.clear()
-    value_and_gradients(*pair(), chunk=7)
-    assert counted == [7]
-    counted.clear()
-    with torch.no_grad():
-        multi_view_nce(*pair(), chunk=3)
-    assert counted == [3, 3, 1]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = multi_view_nce(anchors, views, 0.3, chunk=8)
+    # A block of similarities has 8 x 80 values.
+    assert kept and max(kept) <= 40 * 3
+    loss.backward()
+    assert anchors.grad is not None and bool(anchors.grad.abs().sum() > 0)
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    anchors, views = (x.detach().double().requires_grad_() for x in pair(7, 3))
+    rows = torch.tensor([1, 4, 6])
+    assert torch.autograd.gradcheck(lambda a, b: multi_view_nce(a, b, 0.3, rows=rows, chunk=2), (anchors, views))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
