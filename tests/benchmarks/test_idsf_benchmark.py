@@ -119,7 +119,7 @@ def test_formula_of_chunks_grows_with_the_items_and_not_with_their_square() -> N
         return step_bytes(BABY._replace(num_items=items), [8, 8], 8, items, items)["contrast"]
 
     assert contrast(40_000) == 2 * contrast(20_000)
-    assert contrast(4000) == 4 * contrast(2000)
+    assert contrast(4000) == pytest.approx(4 * contrast(2000), rel=0.02)
 
 
 def test_published_loss_takes_over_two_gigabytes_on_baby() -> None:
