@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from zoo.common.keyed_random import keyed_integers
 
+_AT_ONCE = 8  # further draws of a row whose first the user has met
+
 
 class NegativeSampler(nn.Module):
     """Draws items uniformly from the catalogue without those of the user.
@@ -72,16 +74,17 @@ class NegativeSampler(nn.Module):
         keys = keys[:, None].expand(-1, count)
         drawn = self._draw(keys, columns, 0)
         rows, places = self._met(user_ids[:, None], drawn).nonzero(as_tuple=True)
-        attempt = 0
+        attempts = torch.arange(1, _AT_ONCE + 1, device=user_ids.device)
         while len(rows):
-            attempt += 1
-            fresh = self._draw(keys[rows, places], places, attempt)
-            drawn[rows, places] = fresh
-            met = self._met(user_ids[rows], fresh)
-            rows, places = rows[met], places[met]
+            # Few rows are left, so that some further draws of each cost little more than one.
+            fresh = self._draw(keys[rows, places, None], places[:, None], attempts)
+            unmet = ~self._met(user_ids[rows, None], fresh)
+            drawn[rows, places] = fresh.gather(1, unmet.byte().argmax(1, keepdim=True))[:, 0]
+            met = ~unmet.any(1)
+            rows, places, attempts = rows[met], places[met], attempts + _AT_ONCE
         return drawn
 
-    def _draw(self, keys: Tensor, columns: Tensor, attempt: int) -> Tensor:
+    def _draw(self, keys: Tensor, columns: Tensor, attempt: int | Tensor) -> Tensor:
         drawn = keyed_integers(self._size, keys, columns, attempt)
         return drawn + self.first_item if self.pool is None else self.pool[drawn]
 
