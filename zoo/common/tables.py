@@ -96,7 +96,8 @@ def _rows(file: Path, record: dict[str, Any]) -> list[dict[str, str]]:
             rows.append({"name": name, **cells})
         return rows
     if "cases" in record:
-        cases = [{key: value for key, value in case.items() if not isinstance(value, list | dict)} for case in record["cases"]]
+        nested = (list, dict)
+        cases = [{key: part for key, part in case.items() if not isinstance(part, nested)} for case in record["cases"]]
         return [{key: _value(key, value) for key, value in case.items()} for case in cases]
     if "metrics" in record:
         values = {**record["metrics"], **{f"seconds/{part}": value for part, value in record["seconds"].items()}}
