@@ -25,6 +25,8 @@ from datamodules.interaction_rows import (
 from datamodules.interaction_split import RULES, TEST, TRAIN, VALIDATION, assign_parts, cold_split, iterated_core
 from datamodules.loading import BatchLoader, KeyedSampler, follow, run_seed, training_sampler
 from datamodules.options import at_least, one_of
+from datamodules.sources.interaction_files import LAYOUTS, read_files
+from datamodules.sources.interaction_sets import SOURCES, read_set
 from datamodules.sources.interactions import return_memory
 
 if TYPE_CHECKING:
@@ -36,8 +38,6 @@ __all__ = ["InteractionBatch", "InteractionData", "InteractionTable", "RankingBa
 
 log = logging.getLogger(__name__)
 
-SETS = ("movielens", "tiktok", "baby", "sports", "clothing")
-LAYOUTS = ("auto", "mmrec", "lattice", "table")
 _STAGES = {"validate": VALIDATION, "test": TEST}
 
 
@@ -134,7 +134,7 @@ class InteractionData(LightningDataModule):
 
     def _check_options(self) -> None:
         one_of(
-            ("source", self.source, ("embedded", *SETS, "files")),
+            ("source", self.source, ("embedded", *SOURCES, "files")),
             ("layout", self.layout, LAYOUTS),
             ("feature_norm", self.feature_norm, NORMS),
             ("split", self.split, (None, "published", *RULES)),
@@ -159,8 +159,8 @@ class InteractionData(LightningDataModule):
         if self.layout != "auto" and self.source != "files":
             raise ValueError(f"layout={self.layout!r} says how to read path, but source={self.source!r}")
         for name in ("data_dir", "min_rating", "feature_encoders", "cache_dir"):
-            if getattr(self, name) is not None and self.source not in SETS:
-                raise ValueError(f"{name} belongs to the published sets ({', '.join(SETS)}), source={self.source!r}")
+            if getattr(self, name) is not None and self.source not in SOURCES:
+                raise ValueError(f"{name} belongs to the published sets ({', '.join(SOURCES)}), source={self.source!r}")
         if self.test_path and self.cold_fraction:
             raise ValueError("test_path and cold_fraction contradict each other: cold items are tested on their own")
 
@@ -185,9 +185,7 @@ class InteractionData(LightningDataModule):
     def _read(self) -> InteractionTable:
         if self._given is not None:
             return self._given
-        if self.source in SETS:
-            from datamodules.sources.interaction_sets import read_set
-
+        if self.source in SOURCES:
             return read_set(
                 self.source,
                 self.data_dir,
@@ -200,8 +198,6 @@ class InteractionData(LightningDataModule):
             from datamodules.sources.interaction_sample import interaction_sample
 
             return interaction_sample(self.sample_users)
-        from datamodules.sources.interaction_files import read_files
-
         assert self.path is not None
         return read_files(Path(self.path), self.layout)
 
@@ -313,7 +309,7 @@ class InteractionData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download what is missing."""
-        if self.source in SETS:
+        if self.source in SOURCES:
             self.table  # noqa: B018 - read on first use
 
     def setup(self, stage: str) -> None:

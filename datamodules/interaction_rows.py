@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loading import Draw, KeyedSampler, keyed_uniform, mix
+from datamodules.loading import Draw, KeyedSampler, keyed_ids, keyed_uniform, mix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,14 +84,6 @@ class RankingBatch(NamedTuple):
     seen_rows: Tensor
     seen_ids: Tensor
     candidate_ids: Tensor | None
-
-
-def keyed_ids(key: int, indices: Tensor) -> Tensor:
-    """A hash of the key and each index: int64 in `[0, 2**63)`, of the shape of `indices`."""
-    state = indices.numpy().astype(np.uint64) + np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15), (29, 1)):
-        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-    return torch.from_numpy((state >> np.uint64(1)).astype(np.int64))
 
 
 def gather_ragged(flat: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sized
 
     from lightning.pytorch import Trainer
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 _MASK = (1 << 64) - 1
@@ -50,12 +51,22 @@ def mix(*keys: int) -> int:
     return state >> 1
 
 
-def keyed_uniform(key: int, indices: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64, of the shape of `indices`; each depends on the key and its index alone."""
+def _keyed_words(key: int, indices: Tensor) -> NDArray[np.uint64]:
+    """A hash of the key and each index, of the shape of `indices`."""
     state = indices.numpy().astype(np.uint64) + np.uint64(key)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15), (29, 1)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return state
+
+
+def keyed_uniform(key: int, indices: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float64, of the shape of `indices`; each depends on the key and its index alone."""
+    return torch.from_numpy((_keyed_words(key, indices) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def keyed_ids(key: int, indices: Tensor) -> Tensor:
+    """A hash of the key and each index: int64 in `[0, 2**63)`, of the shape of `indices`."""
+    return torch.from_numpy((_keyed_words(key, indices) >> np.uint64(1)).astype(np.int64))
 
 
 def run_seed(seed: int | None) -> int:

@@ -15,9 +15,8 @@ from datamodules.interaction_rows import (
     TrainUsers,
     UserSampler,
     gather_ragged,
-    keyed_ids,
 )
-from datamodules.loading import BatchLoader, Draw, KeyedSampler
+from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_ids
 
 
 def some_edges(num_users: int = 40, num_items: int = 30, share: float = 0.2) -> torch.Tensor:
