@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.predictions import external_labels
 from zoo.idsf.figures import ItemCard, RecommendationRow, plot_recommendations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lightning import LightningModule
     from torch import Tensor
 
@@ -22,16 +21,10 @@ _PICTURED = 4  # and in the picture
 _LISTED = 5  # items of each
 
 
-def labels_of(module: LightningModule, name: str) -> Callable[[int], str]:
-    """What ids are called, where the datamodule knows it."""
-    labels = getattr(getattr(module.trainer, "datamodule", None), name, None)
-    return str if labels is None else lambda index: str(labels[index])
-
-
 def show_recommendations(module: LightningModule, batch: RankingBatch, scores: Tensor) -> None:
     """A table, and a picture, of recommendations."""
-    users, data = labels_of(module, "user_labels"), getattr(module.trainer, "datamodule", None)
-    names = labels_of(module, "item_labels" if getattr(data, "item_names", None) is None else "item_names")
+    users, data = external_labels(module, "user_labels"), getattr(module.trainer, "datamodule", None)
+    names = external_labels(module, "item_labels" if getattr(data, "item_names", None) is None else "item_names")
     images = getattr(data, "images", None)
 
     def cards(item_ids: list[int]) -> list[ItemCard]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from zoo.common.predictions import PredictionFile
 from zoo.common.ranking import FullRankingMetrics
 from zoo.idsf.features import checked_features, feature_fingerprint, same_features, shown_fingerprint
 from zoo.idsf.graph import check_edges
-from zoo.idsf.lists import labels_of, show_recommendations
+from zoo.idsf.lists import show_recommendations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
     from zoo.idsf.types import InteractionBatch, RankingBatch
-
-log = logging.getLogger(__name__)
 
 METRICS = ("recall", "ndcg", "precision", "hr")
 
@@ -378,14 +375,7 @@ class TopNRecommender(LightningModule):
         The lists are also written as lines `{"user": ..., "items": [...], "scores": [...]}` with external ids.
         """
         best = self._scores(batch.user_ids, batch.seen_rows, batch.seen_ids, batch.candidate_ids).topk(self.top_k)
-        if self._predictions.is_open:
-            user, item = labels_of(self, "user_labels"), labels_of(self, "item_labels")
-            lists = zip(batch.user_ids.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
-            for row, items, values in lists:
-                # A user with less than top_k items left has candidates of score -inf at the end.
-                kept = [(item(i), value) for i, value in zip(items, values, strict=True) if value > -torch.inf]
-                line = {"user": user(row), "items": [i for i, _ in kept], "scores": [v for _, v in kept]}
-                self._predictions.write([line])
+        self._predictions.write_top_k(batch.user_ids, best.indices, best.values)
         return {"user_ids": batch.user_ids, "item_ids": best.indices, "scores": best.values}
 
     def on_predict_end(self) -> None:

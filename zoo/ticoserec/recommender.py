@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from zoo.common.artifacts import log_figure, log_table
-from zoo.common.predictions import PredictionFile
+from zoo.common.predictions import PredictionFile, external_labels
 from zoo.common.ranking import FullRankingMetrics, target_ranks
 from zoo.ticoserec.figures import plot_uniformity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from zoo.ticoserec.types import SequenceBatch, SequenceTable
 
 _GROUPS = 5  # bars of the picture of metrics by uniformity
@@ -162,7 +160,7 @@ class SequentialRecommender(LightningModule):
             self._show_recommendations(batch, scores)
 
     def _show_recommendations(self, batch: SequenceBatch, scores: Tensor) -> None:
-        labels, users = self._labels("item_labels"), self._labels("user_labels")
+        labels, users = external_labels(self, "item_labels"), external_labels(self, "user_labels")
         rows = []
         for row in range(min(_SHOWN, len(scores))):
             history = [i for i in batch.item_ids[row, -5:].tolist() if i]
@@ -209,11 +207,6 @@ class SequentialRecommender(LightningModule):
         table: SequenceTable | None = getattr(getattr(self.trainer, "datamodule", None), "sequences", None)
         return table
 
-    def _labels(self, name: str) -> Callable[[int], str]:
-        """External names of ids, where the datamodule knows them."""
-        labels = getattr(getattr(self.trainer, "datamodule", None), name, None)
-        return str if labels is None else lambda index: str(labels[index])
-
     def on_predict_start(self) -> None:
         """Open `predictions.jsonl` in the run's folder (one file per process, if there are several)."""
         self._predictions.open()
@@ -224,13 +217,7 @@ class SequentialRecommender(LightningModule):
         The lists are also written as lines `{"user": ..., "items": [...], "scores": [...]}` with external ids.
         """
         item_ids, scores = self.recommend(batch.item_ids, batch.lengths, self.top_k, batch.seen_ids)
-        if self._predictions.is_open:
-            user, item = self._labels("user_labels"), self._labels("item_labels")
-            for row, items, values in zip(batch.user_ids.tolist(), item_ids.tolist(), scores.tolist(), strict=True):
-                # A user with less than top_k unseen items has candidates of score -inf at the end.
-                kept = [(item(i), value) for i, value in zip(items, values, strict=True) if value > -torch.inf]
-                line = {"user": user(row), "items": [i for i, _ in kept], "scores": [v for _, v in kept]}
-                self._predictions.write([line])
+        self._predictions.write_top_k(batch.user_ids, item_ids, scores)
         return {"user_ids": batch.user_ids, "item_ids": item_ids, "scores": scores}
 
     def on_predict_end(self) -> None:
