@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoo.idsf.losses import batch_penalty, bpr_loss
+from zoo.idsf.losses import batch_penalty, ranking_loss
 from zoo.idsf.network import id_table
 from zoo.idsf.recommender import TopNRecommender
 
@@ -67,6 +67,6 @@ class BPRMF(TopNRecommender):
         """BPR and penalty: `bpr` and `reg`."""
         users, positives, negatives = self.user_id[user_ids], self.item_id[item_ids], self.item_id[negative_ids]
         return {
-            "bpr": bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1)),
+            "bpr": ranking_loss(users, positives, negatives),
             "reg": self.reg_weight * batch_penalty(users, positives, negatives),
         }

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.common.keyed_random import keyed_uniform, mix_keys
-from zoo.idsf.graph import BipartiteGraph, nearest_items
+from zoo.idsf.graph import BipartiteGraph, item_neighbors
 from zoo.idsf.lightgcn import light_convolution
-from zoo.idsf.losses import bpr_loss
+from zoo.idsf.losses import ranking_loss
 from zoo.idsf.network import id_table
 from zoo.idsf.recommender import TopNRecommender
 from zoo.idsf.sparse import SparseMatrix
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _IMAGES = ("image", "poster", "visual")
-
-
-def item_neighbors(features: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """Each item and the others of the largest cosine to it, as the published graphs have them.
-
-    Args:
-        features: `(num_items, width)`.
-        num_neighbors: k, the item itself among them; 2 at least.
-
-    Returns:
-        Item ids and cosines, both `(num_items, k)`, the item itself first.
-    """
-    ids, cosines = nearest_items(features, num_neighbors - 1)
-    own = torch.arange(len(features), device=features.device)
-    return torch.cat([own[:, None], ids], dim=1), torch.cat([torch.ones_like(cosines[:, :1]), cosines], dim=1)
 
 
 def frozen_item_graph(features: Sequence[Tensor], weights: Sequence[float], num_neighbors: int) -> SparseMatrix:
@@ -242,18 +227,13 @@ class FREEDOM(TopNRecommender):
         """BPR of the vectors, and of users with projected features: `bpr` and `modalities`."""
         all_users, all_items = self.network(self.pruned_graph(), self.item_graph)
         users = all_users[user_ids]
-        parts = {"bpr": _ranking(users, all_items[item_ids], all_items[negative_ids])}
+        parts = {"bpr": ranking_loss(users, all_items[item_ids], all_items[negative_ids])}
         if self.reg_weight > 0:
             positives = self.network.project(self.feature_list(), item_ids)
             negatives = self.network.project(self.feature_list(), negative_ids)
-            losses = [_ranking(users, *pair) for pair in zip(positives, negatives, strict=True)]
+            losses = [ranking_loss(users, *pair) for pair in zip(positives, negatives, strict=True)]
             parts["modalities"] = self.reg_weight * torch.stack(losses).sum()
         return parts
-
-
-def _ranking(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """BPR of vectors `(batch, d)`, `(batch, d)` and `(batch, num_negatives, d)`."""
-    return bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1))
 
 
 def _weights(modalities: Sequence[str], given: Sequence[float] | None) -> list[float]:

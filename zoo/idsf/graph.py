@@ -162,3 +162,18 @@ def nearest_items(features: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, 
         ids.append(best.indices)
         cosines.append(best.values)
     return torch.cat(ids), torch.cat(cosines)
+
+
+def item_neighbors(features: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+    """Each item and the others of the largest cosine to it, as the published graphs have them.
+
+    Args:
+        features: `(num_items, width)`.
+        num_neighbors: k, the item itself among them; 2 at least.
+
+    Returns:
+        Item ids and cosines, both `(num_items, k)`, the item itself first.
+    """
+    ids, cosines = nearest_items(features, num_neighbors - 1)
+    own = torch.arange(len(features), device=features.device)
+    return torch.cat([own[:, None], ids], dim=1), torch.cat([torch.ones_like(cosines[:, :1]), cosines], dim=1)

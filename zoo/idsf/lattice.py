@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.idsf.freedom import item_neighbors
-from zoo.idsf.graph import NORMS, BipartiteGraph
+from zoo.idsf.graph import NORMS, BipartiteGraph, item_neighbors
 from zoo.idsf.lightgcn import light_convolution
-from zoo.idsf.losses import batch_penalty, bpr_loss
+from zoo.idsf.losses import batch_penalty, ranking_loss
 from zoo.idsf.network import id_table
 from zoo.idsf.recommender import TopNRecommender
 from zoo.idsf.sparse import SparseMatrix
@@ -273,7 +272,7 @@ class LATTICE(TopNRecommender):
         """BPR and penalty: `bpr` and `reg`."""
         all_users, all_items = self.network(self.graph, self._graph_of_batch())
         users, positives, negatives = all_users[user_ids], all_items[item_ids], all_items[negative_ids]
-        bpr = bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1))
+        bpr = ranking_loss(users, positives, negatives)
         if not self._builds_graph:
             # A gradient of zero: DDP takes none for an error, and Adam's means move the weights on as published.
             idle = [self.network.modality_logits, *self.network.projection.parameters()]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.idsf.graph import NORMS, BipartiteGraph
-from zoo.idsf.losses import batch_penalty, bpr_loss
+from zoo.idsf.losses import batch_penalty, ranking_loss
 from zoo.idsf.network import id_table
 from zoo.idsf.recommender import TopNRecommender
 
@@ -89,6 +89,6 @@ class LightGCN(TopNRecommender):
         users, positives, negatives = all_users[user_ids], all_items[item_ids], all_items[negative_ids]
         own = self.user_id[user_ids], self.item_id[item_ids], self.item_id[negative_ids]
         return {
-            "bpr": bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1)),
+            "bpr": ranking_loss(users, positives, negatives),
             "reg": self.reg_weight * batch_penalty(*own),
         }

@@ -16,6 +16,17 @@ def bpr_loss(positive: Tensor, negative: Tensor) -> Tensor:
     return -F.logsigmoid(positive.float()[:, None] - negative.float()).mean()
 
 
+def ranking_loss(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """`bpr_loss` of vectors whose inner products are the scores.
+
+    Args:
+        users: `(batch, d)`.
+        positives: `(batch, d)`.
+        negatives: `(batch, num_negatives, d)`.
+    """
+    return bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1))
+
+
 def batch_penalty(*vectors: Tensor) -> Tensor:
     """Half the mean squared length of vectors, added up over several batches of them (section 2.6).
 

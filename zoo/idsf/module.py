@@ -15,7 +15,7 @@ from zoo.common.keyed_random import mix_keys
 from zoo.idsf.contrast import multi_view_nce
 from zoo.idsf.figures import plot_attention, plot_embedding, plot_similarity
 from zoo.idsf.graph import NORMS, BipartiteGraph
-from zoo.idsf.losses import batch_penalty, bpr_loss
+from zoo.idsf.losses import batch_penalty, ranking_loss
 from zoo.idsf.network import ContentViews, IDSFNetwork
 from zoo.idsf.recommender import TopNRecommender
 from zoo.idsf.semantics import MAX_ITEMS, co_interaction, measure_id_semantics, most_shared, study_sample, top_k_cosine
@@ -205,7 +205,7 @@ class IDSF(TopNRecommender):
         positives = items[: len(item_ids)]
         negatives = items[len(item_ids) :].view(*negative_ids.shape, -1)
         parts = {
-            "bpr": bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1)),
+            "bpr": ranking_loss(users, positives, negatives),
             "reg": self.reg_weight * batch_penalty(users, positives, negatives),
         }
         if self.contrasts and encoded.content is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from zoo.idsf.losses import batch_penalty, bpr_loss
+from zoo.idsf.losses import batch_penalty, ranking_loss
 from zoo.idsf.network import id_table
 from zoo.idsf.recommender import TopNRecommender
 
@@ -94,6 +94,6 @@ class VBPR(TopNRecommender):
         positives = items[: len(item_ids)]
         negatives = items[len(item_ids) :].view(*negative_ids.shape, -1)
         return {
-            "bpr": bpr_loss((users * positives).sum(-1), (users[:, None] * negatives).sum(-1)),
+            "bpr": ranking_loss(users, positives, negatives),
             "reg": self.reg_weight * batch_penalty(users, positives, negatives),
         }

@@ -14,10 +14,9 @@ from zoo.idsf.freedom import (
     FREEDOMNetwork,
     degree_weights,
     frozen_item_graph,
-    item_neighbors,
     kept_edges,
 )
-from zoo.idsf.graph import BipartiteGraph
+from zoo.idsf.graph import BipartiteGraph, item_neighbors
 
 
 def tiny(**options: object) -> FREEDOM:
