@@ -91,6 +91,8 @@ class KeyedSampler(DistributedSampler[Draw]):
         equal: Whether the last batch is equally long on all ranks, as gradients averaged over ranks need it: up to
             `world - 1` samples are left out of an epoch (others in the next, as the order changes). Otherwise every
             sample is there once, and the last batches differ by one sample, or are missing on some ranks.
+        drop_last: Whether a last global batch that is not full is left out of the epoch (its samples come in others, as
+            the order changes). Where it is the only one it stays, so that no epoch is empty.
         seed: Key of the order.
         num_replicas: Number of processes; by default that of `torch.distributed`, or 1.
         rank: This process; by default that of `torch.distributed`, or 0.
@@ -112,6 +114,7 @@ class KeyedSampler(DistributedSampler[Draw]):
         order: Tensor | None = None,
         lengths: Tensor | None = None,
         equal: bool = False,
+        drop_last: bool = False,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
@@ -126,14 +129,17 @@ class KeyedSampler(DistributedSampler[Draw]):
             raise ValueError(f"{size} samples cannot be shared by {world} processes: each needs at least one")
         super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.size, self.batch_size, self.order, self.equal = size, batch_size, order, equal
-        self.lengths = lengths
+        self.lengths, self.drop_last = lengths, drop_last
         self.first_batch = 0
         self.epoch_length = len(self)
 
     @property
     def left_out(self) -> int:
         """Samples that no rank sees in an epoch."""
-        return self.size % (self.num_replicas * self.batch_size) % self.num_replicas if self.equal else 0
+        full, rest = divmod(self.size, self.num_replicas * self.batch_size)
+        if self.drop_last and full:
+            return rest
+        return rest % self.num_replicas if self.equal else 0
 
     def _slice(self, start: int) -> tuple[int, int]:
         """Bounds of this rank's part of the global batch at `start`."""
@@ -147,7 +153,7 @@ class KeyedSampler(DistributedSampler[Draw]):
     def __len__(self) -> int:
         """Number of batches of this rank."""
         full, rest = divmod(self.size, self.num_replicas * self.batch_size)
-        if not rest:
+        if not rest or (self.drop_last and full):
             return full
         low, high = self._slice(full * self.num_replicas * self.batch_size)
         return full + (high > low)
@@ -204,6 +210,7 @@ def training_sampler(
     trainer: Trainer | None,
     unit: str = "rows",
     lengths: Tensor | None = None,
+    drop_last: bool = False,
 ) -> KeyedSampler:
     """The sampler of a training loader: a new order in every epoch, equal batches on all ranks.
 
@@ -214,11 +221,14 @@ def training_sampler(
         trainer: The Trainer that the loader is for, if any: a resumed run starts in its epoch.
         unit: What samples are called in the log.
         lengths: int64 `(size,)`; with them the samples of a batch have about one length.
+        drop_last: Whether a last global batch that is not full is left out, unless it is the only one.
     """
-    sampler = KeyedSampler(size, batch_size, shuffle=True, lengths=lengths, equal=True, seed=run_seed(seed))
+    sampler = KeyedSampler(
+        size, batch_size, shuffle=True, lengths=lengths, equal=True, drop_last=drop_last, seed=run_seed(seed)
+    )
     if sampler.left_out:
-        log.info("%d of %d %s are left out of each epoch, others each time, so that all processes have equal batches",
-                 sampler.left_out, size, unit)  # fmt: skip
+        log.info("%d of %d %s are left out of each epoch, others each time, so that all %s", sampler.left_out, size,
+                 unit, "batches are full" if drop_last else "processes have equal batches")  # fmt: skip
     if trainer is not None:
         follow(sampler, trainer)
     return sampler

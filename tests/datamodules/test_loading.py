@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from datamodules import SequenceData
-from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_uniform
+from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_uniform, training_sampler
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -237,3 +237,40 @@ def test_bucketing_leaves_no_sample_out_of_every_epoch() -> None:
         last.add(*set(range(41)).difference(*(batch for sampler in ranks for batch in drawn(sampler))))
     assert seen == set(range(41))
     assert len(last) > 10, "whatever is left out changes from epoch to epoch"
+
+
+@pytest.mark.parametrize("size", [96, 97, 103, 24, 25])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_last_batch_that_is_not_full_is_left_out_on_request(size: int, world: int) -> None:
+    settings = {"shuffle": True, "equal": True, "seed": 1}
+    whole = drawn(KeyedSampler(size, 4 * world, **settings))
+    ranks = [KeyedSampler(size, 4, **settings, drop_last=True, num_replicas=world, rank=rank) for rank in range(world)]
+    batches = [drawn(sampler) for sampler in ranks]
+    assert {len(batch) for own in batches for batch in own} == {4}
+    assert [len(own) for own in batches] == [len(sampler) for sampler in ranks] == [size // (4 * world)] * world
+    joined = [[index for part in parts for index in part] for parts in zip(*batches, strict=True)]
+    assert joined == whole[: size // (4 * world)]
+    assert [sampler.left_out for sampler in ranks] == [size % (4 * world)] * world
+
+
+def test_the_only_batch_stays_however_small_it_is() -> None:
+    ranks = [KeyedSampler(7, 4, equal=True, drop_last=True, num_replicas=2, rank=rank) for rank in range(2)]
+    assert [drawn(sampler) for sampler in ranks] == [[[0, 1, 2]], [[3, 4, 5]]]
+    assert [sampler.left_out for sampler in ranks] == [1, 1]
+    assert drawn(KeyedSampler(3, 4, drop_last=True)) == [[0, 1, 2]]
+
+
+def test_what_dropping_leaves_out_changes_from_epoch_to_epoch() -> None:
+    sampler = KeyedSampler(21, 8, shuffle=True, drop_last=True)
+    left_out = set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        left_out |= set(range(21)).difference(*drawn(sampler))
+    assert left_out == set(range(21))
+
+
+def test_samples_left_out_by_dropping_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="datamodules.loading")
+    sampler = training_sampler(21, 8, 0, None, "pairs", drop_last=True)
+    assert len(sampler) == 2
+    assert "5 of 21 pairs are left out of each epoch, others each time, so that all batches are full" in caplog.text
