@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from datamodules.interaction_rows import InteractionBatch, InteractionTable, RankingBatch  # noqa: F401
     from datamodules.passages import PassageBatch, PassageData  # noqa: F401
     from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
+    from datamodules.sources.log_mel import LogMel  # noqa: F401
     from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
     from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
+    from datamodules.video_audio import VideoAudioData  # noqa: F401
+    from datamodules.video_audio_rows import VideoAudioBatch  # noqa: F401
 
 DATAMODULES: dict[str, str] = {
     "ClassStreamData": "datamodules.class_stream",
@@ -33,6 +36,7 @@ DATAMODULES: dict[str, str] = {
     "PassageData": "datamodules.passages",
     "SequenceData": "datamodules.sequence",
     "TabularTaskData": "datamodules.tabular_tasks",
+    "VideoAudioData": "datamodules.video_audio",
 }
 """The LightningDataModules, what `train.py --data` takes, and where each is defined."""
 
@@ -53,10 +57,14 @@ BATCHES: dict[str, str] = {
     "SlotBatch": "datamodules.cloze",
     "StreamBatch": "datamodules.class_stream_batches",
     "TabularTaskBatch": "datamodules.task_batches",
+    "VideoAudioBatch": "datamodules.video_audio_rows",
 }
 """What they hand to a model, and where each is defined."""
 
-PARTS: dict[str, str] = {"fill_placeholder": "datamodules.cloze_text"}
+PARTS: dict[str, str] = {
+    "LogMel": "datamodules.sources.log_mel",
+    "fill_placeholder": "datamodules.cloze_text",
+}
 """Parts for use in any project, and where each is defined."""
 
 __all__ = [  # noqa: PLE0604, RUF100  (the tables above are the list)
