@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from zoo.api_cl.module import APIStreamCL as APIStreamCL
     from zoo.api_cl.similarity import DebiasedCKA as DebiasedCKA
     from zoo.api_cl.zeroth_order import ZerothOrderGradient as ZerothOrderGradient
+    from zoo.cmmixer.action_head import ActionHead as ActionHead
+    from zoo.cmmixer.masked_autoencoder import MaskedAutoencoder as MaskedAutoencoder
+    from zoo.cmmixer.metrics import CrossModalRetrieval as CrossModalRetrieval
+    from zoo.cmmixer.mixer import CrossModalMixer as CrossModalMixer
+    from zoo.cmmixer.module import MixerMAE as MixerMAE
+    from zoo.cmmixer.retriever import AVRetriever as AVRetriever
+    from zoo.cmmixer.vit import ViTEncoder as ViTEncoder
     from zoo.common.contrastive import info_nce as info_nce
     from zoo.common.contrastive import nt_xent as nt_xent
     from zoo.common.negatives import NegativeSampler as NegativeSampler
@@ -82,6 +89,8 @@ if TYPE_CHECKING:
 
 MODELS: dict[str, str] = {
     "APIStreamCL": "zoo.api_cl.module",
+    "AVRetriever": "zoo.cmmixer.retriever",
+    "ActionHead": "zoo.cmmixer.action_head",
     "AdaMerging": "zoo.merging.adamerging",
     "BM3": "zoo.idsf.bm3",
     "BPRMF": "zoo.idsf.bprmf",
@@ -95,6 +104,7 @@ MODELS: dict[str, str] = {
     "LightGCN": "zoo.idsf.lightgcn",
     "MaskedLM": "zoo.summary_mrc.masked_lm",
     "MergedClassifier": "zoo.merging.merged_classifier",
+    "MixerMAE": "zoo.cmmixer.module",
     "MultiTaskModule": "zoo.adatask.module",
     "Popularity": "zoo.ticoserec.popularity",
     "RepresentationSurgery": "zoo.merging.representation_surgery",
@@ -112,6 +122,8 @@ PARTS: dict[str, str] = {
     "BipartiteGraph": "zoo.idsf.graph",
     "ChoiceAccuracy": "zoo.summary_mrc.metrics",
     "ContinualMetrics": "zoo.api_cl.continual_metrics",
+    "CrossModalMixer": "zoo.cmmixer.mixer",
+    "CrossModalRetrieval": "zoo.cmmixer.metrics",
     "DebiasedCKA": "zoo.api_cl.similarity",
     "DeepSurgery": "zoo.merging.deep_surgery",
     "EntropyAdaptation": "zoo.merging.mixins",
@@ -120,6 +132,7 @@ PARTS: dict[str, str] = {
     "HTTPAPI": "zoo.api_cl.http_box",
     "ItemSimilarity": "zoo.ticoserec.similarity",
     "MTAdam": "zoo.adatask.mtadam",
+    "MaskedAutoencoder": "zoo.cmmixer.masked_autoencoder",
     "MaskedSlotScorer": "zoo.summary_mrc.slot_scorer",
     "MergedModel": "zoo.merging.merged_model",
     "ModuleAPI": "zoo.api_cl.boxes",
@@ -136,6 +149,7 @@ PARTS: dict[str, str] = {
     "TaskVectorStore": "zoo.merging.task_vectors",
     "TiAugmenter": "zoo.ticoserec.augment",
     "Ties": "zoo.merging.transforms",
+    "ViTEncoder": "zoo.cmmixer.vit",
     "ViewPolicy": "zoo.ticoserec.augment",
     "ZerothOrderGradient": "zoo.api_cl.zeroth_order",
     "aggregator": "zoo.adatask.aggregators",

@@ -25,6 +25,7 @@ DIMENSIONS = (
     "feature_sizes",
     "in_channels",
     "image_shape",
+    "num_frames",
     "num_options",
     "mode",
     "encode",
