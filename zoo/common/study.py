@@ -1,97 +1,32 @@
 """Studies: several settings of a method, each with several seeds, run through `train.py` and compared.
 
-A study is a YAML file:
-
-    title: What is compared, in one line.
-    seeds: [0, 1]
-    variants:                                  # rows of the result
-      sasrec: {config: configs/ticoserec/core_sasrec.yaml}
-      wide:
-        config: configs/ticoserec/core_sasrec.yaml
-        overrides: {model.hidden_size: 128}    # as on train.py's command line
-    overrides: {trainer.max_epochs: 40}        # for all variants
-    smoke: {trainer.max_epochs: 1}             # added by --smoke
-    checks:                                    # on the means over the seeds
-      - test/ndcg@5: wide >= 1.08 * sasrec
-      - test/hr@5: wide >= sasrec - 0.01 each seed   # on every seed instead of the means
-    reference:                                 # published rows to stand beside ours
-      SASRec, published: {test/hr@5: 0.037}
+What a study's file holds is told in `zoo.common.study_file`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
-import re
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+# Importable from here for those who run studies.
+from zoo.common.study_checks import StudyError as StudyError
+from zoo.common.study_checks import evaluate_check, summarise
+from zoo.common.study_file import FIRST
+from zoo.common.study_file import load_study as load_study
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-_COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_CHECK = re.compile(
-    r"\s*([\w.-]+)\s*(>=|<=|>|<)\s*(?:([\d.]+)\s*\*\s*)?([\w.-]+)\s*(?:([+-])\s+([\d.]+)\s*)?(each seed)?\s*"
-)
-_KEYS = {"title", "seeds", "variants", "overrides", "smoke", "checks", "reference"}
-
-
-class StudyError(ValueError):
-    """A study that cannot be run, or a run of it that failed; the text is for the user."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a study: a config and what differs from it."""
-
-    config: str
-    overrides: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A required relation of two variants, or a variant and a number: `left comparison factor * right + offset`."""
-
-    metric: str
-    left: str
-    comparison: str
-    factor: float
-    right: str
-    offset: float = 0.0
-    each_seed: bool = False
-
-    def __str__(self) -> str:
-        """The check as its study has it."""
-        factor = "" if self.factor == 1 else f"{self.factor:g} * "
-        offset = f" {'-' if self.offset < 0 else '+'} {abs(self.offset):g}" if self.offset else ""
-        seeds = " each seed" if self.each_seed else ""
-        return f"{self.metric}: {self.left} {self.comparison} {factor}{self.right}{offset}{seeds}"
-
-    def holds(self, left: float, right: float) -> bool:
-        """Whether two values stand in the relation."""
-        return bool(_COMPARISONS[self.comparison](left, self.factor * right + self.offset))
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study as its file has it."""
-
-    path: Path
-    title: str
-    seeds: tuple[int, ...]
-    variants: dict[str, Variant]
-    smoke: dict[str, Any]
-    checks: tuple[Check, ...]
-    reference: dict[str, dict[str, float]]
+    from zoo.common.study_file import Study, Variant
 
 
 @dataclass(frozen=True)
@@ -102,110 +37,101 @@ class Run:
     seed: int
     folder: Path
     arguments: tuple[str, ...]
+    first: Run | None = None
+    hand: tuple[tuple[str, str], ...] = ()
 
     def result(self) -> dict[str, Any] | None:
         """What `train.py` recorded, or None while the run is not finished."""
-        found = sorted(self.folder.glob("*/version_*/result.json"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        path = self._result_path()
+        if path is None:
             return None
-        record: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record
 
+    def _result_path(self) -> Path | None:
+        found = sorted(self.folder.glob("*/version_*/result.json"), key=lambda path: path.stat().st_mtime)
+        return found[-1] if found else None
 
-def load_study(path: Path, root: Path) -> Study:
-    """Read and check a study.
+    def handed(self, root: Path) -> list[str]:
+        """Arguments that give this run what the run before it has left, as paths relative to `root`.
 
-    Args:
-        path: The study's file.
-        root: Folder of `train.py`; configs are relative to it.
-
-    Raises:
-        StudyError: If something is missing or unknown; the text names the file, the key and the value.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise StudyError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
-        raise StudyError(f"{path}: expected a mapping with `variants`, got {str(content)[:60]!r}")
-    _refuse_unknown(path, "", content, _KEYS)
-    shared = content.get("overrides") or {}
-    variants = {}
-    for name, fields in content["variants"].items():
-        _refuse_unknown(path, f"variants.{name}.", fields, {"config", "overrides"})
-        if not (root / str(fields.get("config"))).is_file():
-            raise StudyError(f"{path}: variants.{name}.config: no file {fields.get('config')!r}")
-        variants[str(name)] = Variant(fields["config"], {**shared, **(fields.get("overrides") or {})})
-    seeds = content.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise StudyError(f"{path}: seeds: expected a list of integers, got {seeds!r}")
-    checks = tuple(
-        _parse_check(path, metric, text, variants)
-        for entry in content.get("checks") or []
-        for metric, text in entry.items()
-    )
-    return Study(
-        path,
-        str(content.get("title", path.stem)),
-        tuple(seeds),
-        variants,
-        content.get("smoke") or {},
-        checks,
-        content.get("reference") or {},
-    )
-
-
-def _refuse_unknown(path: Path, prefix: str, fields: Any, known: set[str]) -> None:
-    if not isinstance(fields, dict):
-        raise StudyError(f"{path}: {prefix.rstrip('.')}: expected a mapping, got {fields!r}")
-    for key in fields:
-        if key not in known:
-            raise StudyError(f"{path}: unknown key {prefix}{key}; there are {', '.join(sorted(known))}")
-
-
-def _parse_check(path: Path, metric: str, text: str, variants: Mapping[str, Variant]) -> Check:
-    match = _CHECK.fullmatch(str(text))
-    if match is None:
-        raise StudyError(f"{path}: check {metric}: {text!r} is not of the form `variant >= 1.1 * variant`")
-    left, comparison, factor, right, sign, offset, each_seed = match.groups()
-    for name in (left, right):
-        if name not in variants and not (name is right and _number(name) is not None):
-            raise StudyError(f"{path}: check {metric}: no variant {name!r}; there are {', '.join(variants)}")
-    shift = float(offset or 0) * (-1 if sign == "-" else 1)
-    return Check(metric, left, comparison, float(factor or 1), right, shift, bool(each_seed))
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+        Raises:
+            StudyError: If that run is not finished, or has left nothing of the name.
+        """
+        if self.first is None:
+            return []
+        result = self.first._result_path()
+        if result is None:
+            raise StudyError(f"{self.variant}, seed {self.seed}: {self.first.variant} is not finished")
+        arguments = []
+        for key, name in self.hand:
+            path = result.parent / name
+            if not path.exists():
+                there = ", ".join(sorted(file.name for file in result.parent.iterdir()))
+                raise StudyError(
+                    f"{self.variant}, seed {self.seed}: hand.{key}: {self.first.variant} has left no {name!r} in "
+                    f"{result.parent}; there are {there}"
+                )
+            # The folder of `train.py` may be moved between two halves of a run, and results tell no one's folders.
+            arguments.append(f"--{key}={path.relative_to(root).as_posix()}")
+        return arguments
 
 
 def plan(study: Study, root: Path, seeds: Sequence[int], smoke: bool = False) -> list[Run]:
     """The runs of a study.
 
-    A run's folder carries a digest of its settings: a changed study starts anew, and a study that is started again
-    finds what it has finished.
+    A run's folder carries a digest of its settings, which for a variant with a run before it are those of both: a
+    changed study starts anew, and a study that is started again finds what it has finished.
 
     Args:
         study: The study.
         root: Folder of `train.py`.
         seeds: Seeds of each variant.
-        smoke: Add the study's `smoke` overrides.
+        smoke: Add the study's `smoke` overrides; to a run before another one `model.*` only where both configs have
+            the same class of model, and `data.*` likewise.
     """
     runs = []
+    extra = study.smoke if smoke else {}
+
+    def run(name: str, folder: str, variant: Variant, seed: int, digest: str) -> Run:
+        place = Path("runs", "studies", *_name(study).parts, folder, f"seed_{seed}-{digest}")
+        arguments = ["--config", variant.config, "--seed_everything", str(seed)]
+        arguments += [f"--{key}={_flag_value(value)}" for key, value in variant.overrides.items()]
+        arguments += ["--trainer.default_root_dir", place.as_posix()]
+        return Run(name, seed, root / place, tuple(arguments))
+
     for name, variant in study.variants.items():
-        overrides = {**variant.overrides, **(study.smoke if smoke else {})}
-        config = yaml.safe_load((root / variant.config).read_text(encoding="utf-8"))
-        digest = hashlib.sha256(json.dumps([config, overrides], sort_keys=True).encode()).hexdigest()[:8]
+        config, first = _read_config(root / variant.config), variant.first
+        variant = replace(variant, overrides={**variant.overrides, **extra})
+        content = [config, variant.overrides]
+        if first is None:
+            runs += [run(name, name, variant, seed, _digest(content)) for seed in seeds]
+            continue
+        earlier_config = _read_config(root / first.config)
+        same = {group: _class_name(config, group) == _class_name(earlier_config, group) for group in ("model", "data")}
+        known = {key: value for key, value in extra.items() if same.get(key.partition(".")[0], True)}
+        first = replace(first, overrides={**first.overrides, **known})
+        before = [earlier_config, first.overrides]
+        content += [before, variant.hand]
         for seed in seeds:
-            folder = Path("runs", "studies", *_name(study).parts, name, f"seed_{seed}-{digest}")
-            arguments = ["--config", variant.config, "--seed_everything", str(seed)]
-            arguments += [f"--{key}={_flag_value(value)}" for key, value in overrides.items()]
-            arguments += ["--trainer.default_root_dir", folder.as_posix()]
-            runs.append(Run(name, seed, root / folder, tuple(arguments)))
+            earlier = run(f"the run before {name}", FIRST, first, seed, _digest(before))
+            later = run(name, name, variant, seed, _digest(content))
+            runs.append(replace(later, first=earlier, hand=tuple(variant.hand.items())))
     return runs
+
+
+def _read_config(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _class_name(config: Any, group: str) -> str:
+    content = config.get(group) if isinstance(config, dict) else None
+    name = content.get("class_path") if isinstance(content, dict) else content
+    return str(name).rpartition(".")[2]
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _name(study: Study) -> Path:
@@ -226,10 +152,11 @@ def execute(run: Run, root: Path, threads: int | None = None) -> None:
         threads: OpenMP threads; by default what the environment says.
 
     Raises:
-        StudyError: If the run fails; the text holds the end of its output.
+        StudyError: If the run fails; the text holds the end of its output. If the run before it has not left what
+            it needs.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "train.py", *run.arguments]
+    command = [sys.executable, "train.py", *run.arguments, *run.handed(root)]
     if any(run.folder.glob("*/version_*/last.ckpt")):
         command += ["--ckpt_path", "last"]
     environment = dict(os.environ)
@@ -259,7 +186,7 @@ def run_study(
         The content of the results file.
 
     Raises:
-        StudyError: If runs fail; the others are finished first, and kept.
+        StudyError: If runs fail; those that do not need them are finished first, and kept.
     """
     if seeds is None:
         seeds = study.seeds[:1] if smoke else study.seeds
@@ -276,11 +203,15 @@ def run_study(
         print(f"{run.variant}, seed {run.seed}: finished", flush=True)
         return None
 
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = [failure for failure in pool.map(attempt, missing) if failure is not None]
+    def attempt_all(some: Iterable[Run]) -> list[str]:
+        with ThreadPoolExecutor(jobs) as pool:
+            return [failure for failure in pool.map(attempt, some) if failure is not None]
+
+    failures = attempt_all([*_firsts(missing), *(run for run in missing if run.first is None)])
+    failures += attempt_all(run for run in missing if run.first is not None and run.first.result() is not None)
     if failures:
         raise StudyError("\n\n".join(failures))
-    records = [{"variant": run.variant, **(run.result() or {})} for run in runs]
+    records = [_record(run) for run in runs]
     summary = summarise(records)
     return {
         "title": study.title,
@@ -291,6 +222,30 @@ def run_study(
         "reference": study.reference,
         "runs": records,
     }
+
+
+def _firsts(runs: Iterable[Run]) -> list[Run]:
+    """What must be trained before `runs`; equal ones are one, and called after all that wait for it."""
+    found: dict[Path, Run] = {}
+    for run in runs:
+        first = run.first
+        if first is None or first.result() is not None:
+            continue
+        known = found.get(first.folder)
+        found[first.folder] = first if known is None else replace(first, variant=f"{known.variant} and {run.variant}")
+    return list(found.values())
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """What a finished run has recorded; `seconds/first` is the training of the run before it, null if that is gone."""
+    record = {"variant": run.variant, **(run.result() or {})}
+    if run.first is not None:
+        before = run.first.result()
+        if before is None:
+            print(f"{run.variant}, seed {run.seed}: the run before it is gone from {run.first.folder}", flush=True)
+        record["first"] = before
+        record["seconds"] = {**record["seconds"], FIRST: before and before["seconds"].get("fit")}
+    return record
 
 
 def results_path(study: Study, root: Path, smoke: bool = False) -> Path:
@@ -305,53 +260,3 @@ def write_study(path: Path, content: Mapping[str, Any]) -> None:
     from zoo.common.results import write_json
 
     write_json(path, content)
-
-
-def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Per variant and metric: mean, sample standard deviation (None for one seed) and the values, seed by seed."""
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in dict.fromkeys(str(record["variant"]) for record in records):
-        own = [record for record in records if record["variant"] == name]
-        columns = {metric: [record["metrics"].get(metric) for record in own] for metric in own[0]["metrics"]}
-        columns |= {f"seconds/{part}": [record["seconds"].get(part) for record in own] for part in own[0]["seconds"]}
-        columns["peak_rss_bytes"] = [record["peak_rss_bytes"] for record in own]
-        summary[name] = {key: _spread(values) for key, values in columns.items()}
-    return summary
-
-
-def _spread(values: list[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    complete = len(known) == len(values)
-    return {
-        "mean": statistics.fmean(known) if complete else None,
-        "std": statistics.stdev(known) if complete and len(known) > 1 else None,
-        "values": values,
-    }
-
-
-def evaluate_check(check: Check, summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Measured sides of a check, their ratio, overall and seed by seed, and whether the check holds."""
-    left = _side(check, check.left, summary)
-    right = _side(check, check.right, summary)
-    # A number stands against every seed.
-    values = right["values"] if check.right in summary else right["values"] * len(left["values"])
-    pairs = list(zip(left["values"], values, strict=True))
-    known = left["mean"] is not None and right["mean"] is not None
-    sides = pairs if check.each_seed else [(left["mean"], right["mean"])]
-    return {
-        "check": str(check),
-        "left": left["mean"],
-        "right": right["mean"],
-        "ratio": left["mean"] / right["mean"] if known and right["mean"] else None,
-        "ratios": [a / b if a is not None and b else None for a, b in pairs],
-        "holds": known and all(check.holds(a, b) for a, b in sides),
-    }
-
-
-def _side(check: Check, name: str, summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    if name not in summary:
-        number = float(name)
-        return {"mean": number, "values": [number]}
-    if check.metric not in summary[name]:
-        raise StudyError(f"check {check}: {name} has no {check.metric}; it has {', '.join(summary[name])}")
-    return dict(summary[name][check.metric])
