@@ -112,6 +112,18 @@ def recommender(model: str, *options: str) -> tuple[str, ...]:
     return ("--model", model, "--data", "InteractionData", *INTERACTIONS, "--model.hidden_size", "16", *options)
 
 
+CLIPS = ("--data.num_pairs", "192", "--model.encoder_options", "{hidden_size: 16, num_layers: 1, num_heads: 2}")
+"""Six batches of 32 an epoch, for a small encoder."""
+
+
+TWO_FRAMES = ("--data.num_frames", "2")
+
+
+def clips(model: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a module of the room `cmmixer`."""
+    return ("--model", model, "--data", "VideoAudioData", *CLIPS, "--model.patch_size", "4", *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -176,6 +188,16 @@ METHODS = [
         figures=True,
         tables=True,
     ),
+    Method("MixerMAE", clips("MixerMAE", "--model.decoder", "tiny"), figures=True),
+    Method(
+        "AVRetriever",
+        ("--config", str(CONFIGS / "cmmixer" / "demo.yaml")),
+        small=(*CLIPS, "--model.pretrain_epochs", "1", "--model.learnable_temperature", "true"),
+        # Each process normalises by its own half of the batch.
+        exact=("--model.projector", "linear"),
+        figures=True,
+    ),
+    Method("ActionHead", clips("ActionHead", "--model.freeze_encoder", "false")),
     Method(
         "MaskedLM",
         ("--model", "MaskedLM", "--data", "PassageData"),
@@ -262,6 +284,25 @@ VARIANTS = [
         exact=("--model.readout", "sum_norm"),
     ),
     Method("IDSF without IDs", recommender("IDSF", "--model.id_mode", "none", "--model.norm", "sym")),
+    *(
+        Method(f"MixerMAE, {name}", clips("MixerMAE", "--model.decoder", "tiny", *options))
+        for name, options in (
+            (
+                "patches of two frames, interleaved",
+                ("--model.op", "patch", "--model.layout", "interleave", *TWO_FRAMES),
+            ),
+            ("by turns", ("--model.op", "alternate")),
+            ("both streams as tokens", ("--model.op", "concat", "--model.norm_pix_loss", "true")),
+            ("pixels, hidden ones scored", ("--model.op", "pixel", "--model.loss_on", "hidden")),
+        )
+    ),
+    *(
+        Method(f"AVRetriever, {name}", clips("AVRetriever", "--model.proj_dim", "32", *options))
+        for name, options in (
+            ("hardest negatives", ("--model.loss", "triplet", "--data.pairing", "fixed", "--model.pool", "cls")),
+            ("one encoder", ("--model.loss", "infonce", "--model.share_encoder", "true", "--model.layer_decay", "0.7")),
+        )
+    ),
     Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
     Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
@@ -286,6 +327,10 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
         *("--data.sample_users", "60", "--data.split", "official", "--data.min_user_interactions", "null"),
         *("--data.min_item_interactions", "null", "--data.cold_fraction", "0", "--data.keep_train_per_user", "null"),
     ),
+    "VideoAudioData": (
+        *("--data.source", "embedded", "--data.path", "null", "--data.image_size", "32", "--data.num_pairs", "64"),
+        *("--data.num_workers", "0"),
+    ),
     "PassageData": ("--data.source", "embedded", "--data.sample_passages", "200", *CLOZE[2:]),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""
@@ -294,7 +339,7 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
 def embedded(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Arguments that put the embedded sample in place of the data of a config."""
     kind = data["class_path"]
-    if data["init_args"]["source"] in ("cityscapes", "nyuv2", "camvid"):
+    if data["init_args"].get("source") in ("cityscapes", "nyuv2", "camvid"):
         kind += " of pixels"
     return EMBEDDED[kind]
 
@@ -310,6 +355,8 @@ def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
         return ("--model.api_archs", "[mlp]", "--model.api_epochs", "1", "--model.api_folder", "null")
     if model["class_path"] in ("SummaryMRC", "ClozeScorer", "MaskedLM"):
         return (*TINY_TEXT, *(("--model.export", "null") if model["class_path"] == "MaskedLM" else ()))
+    if model["class_path"] in ("MixerMAE", "AVRetriever", "ActionHead"):
+        return ("--model.encoder", "tiny", "--model.encoder_options", "null")
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

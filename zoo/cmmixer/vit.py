@@ -117,8 +117,8 @@ class ViTEncoder(nn.Module):
         super().__init__()
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be channels, height and width, got {image_shape}")
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        if num_layers < 1 or not mlp_ratio > 0:
+            raise ValueError(f"num_layers and mlp_ratio must be positive, got {num_layers} and {mlp_ratio}")
         channels, height, width = image_shape
         rows, columns = check_grid(height, width, num_frames, patch_size, layout)
         self.config: dict[str, Any] = {
@@ -143,11 +143,13 @@ class ViTEncoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def check(self, clips: Tensor) -> None:
-        """Refuse clips of another shape.
+        """Refuse clips of another shape, or of whole numbers.
 
         Raises:
-            ValueError: With both shapes.
+            ValueError: With both shapes, or with the dtype.
         """
+        if not clips.is_floating_point():
+            raise ValueError(f"clips are {clips.dtype}: normalise first, to floating numbers of mean 0 and variance 1")
         expected = (self.config["num_frames"], *self.config["image_shape"])
         if clips.shape[1:] != expected:
             raise ValueError(
