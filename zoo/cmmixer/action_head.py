@@ -47,7 +47,7 @@ class ActionHead(LightningModule):
         pool: "mean" over patches, or "cls".
         label_smoothing: Of the cross-entropy.
         lr: Highest learning rate of AdamW.
-        weight_decay: Decoupled; not on biases, norms and single tokens.
+        weight_decay: Decoupled; not on biases, norms and the CLS token.
         layer_decay: Factor of the learning rate from one layer of the encoder to the one below.
         warmup_epochs: Epochs in which the rate rises; it falls along a cosine in the others.
 
@@ -99,7 +99,8 @@ class ActionHead(LightningModule):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self._schedule = WarmupCosine(0)
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        # A loss that is NaN must not be left out of the mean.
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.val_acc, self.test_acc = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
         self._predictions = PredictionFile(self)
 

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 MODEL_TYPE = "cmmixer_vit"
 _WEIGHTS = "model.safetensors"
+_KEYS = frozenset(
+    ("image_shape", "num_frames", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "layout")
+)
 
 
 def save_encoder(encoder: ViTEncoder, folder: str | Path) -> Path:
@@ -74,7 +77,7 @@ def build_encoder(
     if found.get("model_type") != MODEL_TYPE:
         return _from_vitmae(init_from, image_shape, num_frames, size, options, patch_size, layout)
     assert folder is not None
-    found = {key: value for key, value in found.items() if key != "model_type"}
+    found = _checked(folder, found)
     wanted = _given(size, options, patch_size, layout)
     _check_same(init_from, found, {**wanted, "channels": image_shape[0]}, found["image_shape"][0])
     shape = (found["num_frames"], found["image_shape"])
@@ -106,13 +109,24 @@ def load_encoder(folder: str | Path) -> ViTEncoder:
     config = read_config(path)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{path / 'config.json'} has model_type={config.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    config = _checked(path, config)
     return build_encoder(config["image_shape"], config["num_frames"], init_from=folder)
+
+
+def _checked(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an encoder in its config."""
+    arguments = {key: value for key, value in config.items() if key != "model_type"}
+    if arguments.keys() != _KEYS:
+        different = ", ".join(sorted(arguments.keys() ^ _KEYS))
+        raise ValueError(f"{folder / 'config.json'} is not one that save_encoder writes: see {different}")
+    return arguments
 
 
 def _given(
     size: str | None, options: Mapping[str, Any] | None, patch_size: int | None, layout: str | None
 ) -> dict[str, Any]:
-    arguments = size_of(size, dict(options or {}), SIZES) if size else dict(options or {})
+    named = size_of(size or "base", dict(options or {}), SIZES)
+    arguments = named if size else dict(options or {})
     arguments |= {} if patch_size is None else {"patch_size": patch_size}
     return arguments | ({} if layout is None else {"layout": layout})
 

@@ -58,7 +58,7 @@ class MixerMAE(LightningModule):
         audio_weight: Weight of the sound's loss.
         loss_on: Where a stream is scored: "masked" (default), "hidden" or "replaced" (see `MaskedAutoencoder`).
         lr: Highest learning rate of AdamW (betas 0.9 and 0.95).
-        weight_decay: Decoupled; not on biases, norms and single tokens.
+        weight_decay: Decoupled; not on biases, norms and the CLS token.
         warmup_epochs: Epochs in which the rate rises; it falls along a cosine in the others.
         min_lr: Where it falls to.
         init_from: A folder of an earlier export, or a Hugging Face ViTMAE checkpoint (folder or hub id).
@@ -113,8 +113,10 @@ class MixerMAE(LightningModule):
         )
         self._schedule = WarmupCosine(0, floor=min_lr / lr)
         names = ("loss", "loss_video", "loss_audio", *(() if norm_pix_loss else ("psnr_video", "psnr_audio")))
-        self.val_means = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.test_means = nn.ModuleDict({name: MeanMetric() for name in names})
+        # A loss that is NaN must not be left out of the mean: the run would look well.
+        self.val_means, self.test_means = (
+            nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names}) for _ in range(2)
+        )
 
     @property
     def encoder(self) -> ViTEncoder:
@@ -177,7 +179,9 @@ class MixerMAE(LightningModule):
                 peak = clips.amax(1) - clips.amin(1)
                 # Where streams alternate, the second pass sees and paints the sound.
                 error = outs[index if len(outs) > 1 else 0].errors[:, index]
-                _mean(means, name).update(10 * (peak.square() / error.clamp(min=1e-12)).log10())
+                # Silence has no peak, and its ratio of minus infinity would be that of the whole set.
+                ratio = 10 * (peak.square() / error.clamp(min=1e-12)).log10()
+                _mean(means, name).update(ratio.where(peak > 0, 0.0), (peak > 0).float())
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/*`."""

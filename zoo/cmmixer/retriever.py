@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RELEVANCE = ("pair", "label")
 _COLDEST, _WARMEST = 0.01, 1.0
+_LOG_RANGE = math.log(_COLDEST), math.log(_WARMEST)
 
 
 class AVRetriever(LightningModule):
@@ -63,7 +65,7 @@ class AVRetriever(LightningModule):
         ks: Cut-offs of R@k.
         top_k: Length of predicted lists.
         lr: Highest learning rate of AdamW.
-        weight_decay: Decoupled; not on biases, norms and single tokens.
+        weight_decay: Decoupled; not on biases, norms and the CLS token.
         layer_decay: Factor of the learning rate from one layer of the encoders to the one below; none by default.
         warmup_epochs: Epochs in which the rate rises; it falls along a cosine in the others.
         pretrain_epochs: First epochs of the training that train a masked autoencoder in place of the towers; these then
@@ -125,7 +127,7 @@ class AVRetriever(LightningModule):
         self.warmup_epochs, self.pretrain_epochs = warmup_epochs, pretrain_epochs
         base = build_encoder(image_shape, num_frames, encoder, encoder_options, patch_size, layout, init_from)
         self.towers = DualTower(base, share_encoder, freeze_encoder, pool, projector, proj_dim)
-        log_temperature = torch.tensor(float(temperature)).log()
+        log_temperature = torch.tensor(math.log(temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learnable_temperature and loss != "triplet")
         options = dict(pretrain or {})
         self.pretrain_lr = float(options.pop("lr", lr))
@@ -145,7 +147,7 @@ class AVRetriever(LightningModule):
     @property
     def temperature(self) -> Tensor:
         """The temperature, within 0.01 and 1."""
-        return self.log_temperature.exp().clamp(_COLDEST, _WARMEST)
+        return self.log_temperature.clamp(*_LOG_RANGE).exp()
 
     def encode_video(self, clips: Tensor) -> Tensor:
         """Embeddings `(batch, proj_dim)` of unit length of clips `(batch, T, channels, height, width)`."""
@@ -214,6 +216,12 @@ class AVRetriever(LightningModule):
             loss = loss + 0 * parameter.sum()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.video))
         return loss  # type: ignore[no-any-return]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, after which the temperature is brought back into its range: beyond it there is no gradient."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.log_temperature.clamp_(*_LOG_RANGE)
 
     def _tower_parameters(self) -> Iterator[nn.Parameter]:
         for parameter in (*self.towers.parameters(), self.log_temperature):

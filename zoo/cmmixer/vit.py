@@ -244,7 +244,8 @@ def size_of(name: str, options: dict[str, Any] | None, sizes: dict[str, dict[str
         ValueError: If the name or an option is unknown.
     """
     if name not in sizes:
-        raise ValueError(f"encoder must be one of {', '.join(sizes)}, got {name!r}")
+        part = "decoder" if sizes is DECODER_SIZES else "encoder"
+        raise ValueError(f"{part} must be one of {', '.join(sizes)}, got {name!r}")
     known = ("hidden_size", "num_layers", "num_heads", "mlp_ratio")
     for key in options or {}:
         if key not in known:
