@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from zoo.cmmixer.mixer import check_keys, check_streams
 from zoo.cmmixer.positions import grid_positions
 from zoo.cmmixer.vit import _EPS, Block, initialise
 from zoo.cmmixer.wide import from_wide, patchify, to_wide, unpatchify
@@ -27,7 +29,7 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         loss: Scalar, `loss_video + audio_weight * loss_audio`.
-        loss_video: Scalar, mean squared error of the video where it is scored.
+        loss_video: Scalar, mean squared error of the video where it is scored; each sample counts alike.
         loss_audio: Likewise.
         pred_video: `(batch, patches, patch_size ** 2 * channels)`.
         pred_audio: Likewise.
@@ -35,7 +37,8 @@ class Reconstruction(NamedTuple):
             then the sound's.
         seen: `(batch, patches, patch_size ** 2 * channels)`, the patches that the encoder saw, 0 where removed, or
             `(batch, 2 * patches, ...)`.
-        errors: `(batch, 2)`, mean squared error of the removed patches of each sample: video, audio.
+        errors: `(batch, 2)`, mean squared error of the removed patches of each sample, on the scale of the targets:
+            video, audio; 0 where none was removed.
     """
 
     loss: Tensor
@@ -98,8 +101,12 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"mask_ratio={mask_ratio} removes none of {encoder.num_patches} patches: nothing is scored"
             )
-        if audio_weight < 0:
-            raise ValueError(f"audio_weight must not be negative, got {audio_weight}")
+        if not 0 <= audio_weight < math.inf:
+            raise ValueError(f"audio_weight must be finite and not negative, got {audio_weight}")
+        if mixer in ("alternate", "concat") and loss_on != "masked":
+            raise ValueError(
+                f"loss_on={loss_on!r} has no meaning for {mixer!r}, which shows no stream in place of another"
+            )
         self.encoder, self.mixer = encoder, mixer
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.audio_weight, self.loss_on = audio_weight, loss_on
@@ -120,7 +127,7 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def num_visible(self) -> int:
-        """Visible patches of a picture, `int(patches * (1 - mask_ratio))`."""
+        """Visible patches of a picture, `int(patches * (1 - mask_ratio))`, at least one."""
         return max(1, int(self.encoder.num_patches * (1 - self.mask_ratio) + 1e-9))
 
     def random_order(self, keys: Tensor, patches: int, device: torch.device) -> Tensor:
@@ -148,13 +155,17 @@ class MaskedAutoencoder(nn.Module):
             stream: For "alternate": the stream seen and painted, 0 for video and 1 for sound.
 
         Raises:
-            ValueError: If the clips have other shapes than the encoder is for.
+            ValueError: If the clips have other shapes than the encoder is for, or another argument is not as described.
         """
+        check_streams(video, audio, values=False)
         if keys is None:
             keys = torch.randint(torch.iinfo(torch.int64).max, (len(video),))
+        check_keys(keys, len(video))
         targets = torch.stack([self.encoder.patches(video), self.encoder.patches(audio)], 1)
         if self.mixer == "concat":
             return self._concat(targets, keys)
+        if self.mixer == "alternate" and stream not in (0, 1):
+            raise ValueError(f"'alternate' needs the stream to see, 0 for video or 1 for sound, got {stream}")
         patches = self.encoder.num_patches
         order = self.random_order(keys, patches, video.device)
         visible = order[:, : self.num_visible]
@@ -248,7 +259,7 @@ class MaskedAutoencoder(nn.Module):
         mask: Tensor,
         seen: Tensor,
     ) -> Reconstruction:
-        wanted = standardise_patches(targets) if self.norm_pix_loss else targets
+        wanted = standardise_patches(targets.float()) if self.norm_pix_loss else targets
         # Not under autocast: a mean over many squares of half precision loses digits.
         error = (torch.stack([pred_video, pred_audio], 1).float() - wanted.float()).square().mean(-1)
         losses = weighted_mean(error, weights).mean(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,8 +86,8 @@ class CrossModalMixer(nn.Module):
         for name, value, allowed in (("op", op, OPS), ("granularity", granularity, GRANULARITIES)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not alpha > 0:
-            raise ValueError(f"alpha must be positive, got {alpha}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {alpha}")
         for name, share in (("prob", prob), ("switch_prob", switch_prob), ("swap_ratio", swap_ratio)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {share}")
@@ -94,6 +95,8 @@ class CrossModalMixer(nn.Module):
             len(cutmix_minmax) == 2 and 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1
         ):
             raise ValueError(f"cutmix_minmax must be two ascending shares from 0 to 1, got {cutmix_minmax}")
+        if cutmix_minmax is not None and op not in ("cutmix", "both"):
+            raise ValueError(f"cutmix_minmax has no meaning for op={op!r}, which has no box")
         sides = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(sides) != 2 or min(sides) < 1:
             raise ValueError(f"patch_size must be a positive number, or rows and columns, got {patch_size}")
@@ -111,7 +114,7 @@ class CrossModalMixer(nn.Module):
             video: Floating `(batch, frames, channels, height, width)`, standardised.
             audio: Of the same shape: pictures of the sound around each frame.
             generator: A CPU generator that draws the keys; torch's own by default.
-            keys: int64 `(batch,)`, one random key per sample, in place of a generator.
+            keys: int64 `(batch,)`, one random key per sample; the generator then has no part.
 
         Returns:
             The mixed pictures, of the shape of `video`, and how they were mixed.
@@ -123,6 +126,7 @@ class CrossModalMixer(nn.Module):
         if keys is None:
             keys = torch.randint(torch.iinfo(torch.int64).max, (len(video),), generator=generator)
         frames, _, height, width = video.shape[1:]
+        check_keys(keys, len(video))
         info = self.draw(keys, frames, height, width, video.device)
         return apply_mix(video, audio, info), info
 
@@ -213,6 +217,16 @@ def apply_mix(video: Tensor, audio: Tensor, info: MixInfo) -> Tensor:
     if info.mask is not None:
         return torch.where(info.mask[:, :, None], video, audio)
     return torch.lerp(audio, video, info.weights.to(video.dtype))
+
+
+def check_keys(keys: Tensor, batch: int) -> None:
+    """Refuse what is not one key per sample.
+
+    Raises:
+        ValueError: If the keys are not int64 `(batch,)`.
+    """
+    if keys.shape != (batch,) or keys.dtype != torch.int64:
+        raise ValueError(f"keys must be int64 of shape ({batch},), got {keys.dtype} {tuple(keys.shape)}")
 
 
 def check_streams(video: Tensor, audio: Tensor, values: bool = True) -> None:

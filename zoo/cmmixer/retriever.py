@@ -127,7 +127,7 @@ class AVRetriever(LightningModule):
         self.warmup_epochs, self.pretrain_epochs = warmup_epochs, pretrain_epochs
         base = build_encoder(image_shape, num_frames, encoder, encoder_options, patch_size, layout, init_from)
         self.towers = DualTower(base, share_encoder, freeze_encoder, pool, projector, proj_dim)
-        log_temperature = torch.tensor(math.log(temperature))
+        log_temperature = torch.tensor(float(temperature)).log().clamp(*_LOG_RANGE)
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learnable_temperature and loss != "triplet")
         options = dict(pretrain or {})
         self.pretrain_lr = float(options.pop("lr", lr))
