@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,8 +100,8 @@ class ActionHead(LightningModule):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self._schedule = WarmupCosine(0)
-        # A loss that is NaN must not be left out of the mean.
-        self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        # A loss of NaN, left out of the mean as by default, would make the run look well.
+        self.val_loss, self.test_loss = (MeanMetric(nan_strategy=math.inf) for _ in range(2))
         self.val_acc, self.test_acc = (MulticlassAccuracy(num_classes, average="micro") for _ in range(2))
         self._predictions = PredictionFile(self)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,7 @@ class MixerMAE(LightningModule):
         )
         self._schedule = WarmupCosine(0, floor=min_lr / lr)
         names = ("loss", "loss_video", "loss_audio", *(() if norm_pix_loss else ("psnr_video", "psnr_audio")))
-        # A loss that is NaN must not be left out of the mean: the run would look well.
-        self.val_means, self.test_means = (
-            nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names}) for _ in range(2)
-        )
+        self.val_means, self.test_means = (nn.ModuleDict({name: _new_mean(name) for name in names}) for _ in range(2))
 
     @property
     def encoder(self) -> ViTEncoder:
@@ -257,6 +255,11 @@ class MixerMAE(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._schedule), "interval": "step"},
         }
+
+
+def _new_mean(name: str) -> MeanMetric:
+    # NaN counts as the worst value. Left out of the mean, as by default, it would make the run look well.
+    return MeanMetric(nan_strategy=-math.inf if name.startswith("psnr") else math.inf)
 
 
 def _mean(means: nn.ModuleDict, name: str) -> MeanMetric:

@@ -131,6 +131,8 @@ class AVRetriever(LightningModule):
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=learnable_temperature and loss != "triplet")
         options = dict(pretrain or {})
         self.pretrain_lr = float(options.pop("lr", lr))
+        if not self.pretrain_lr > 0:
+            raise ValueError(f"pretrain: lr must be positive, got {self.pretrain_lr}")
         self.autoencoder = None
         if pretrain_epochs:
             fresh = build_encoder(image_shape, num_frames, encoder, encoder_options, patch_size, layout, init_from)
@@ -162,22 +164,17 @@ class AVRetriever(LightningModule):
         return self.encode_video(video), self.encode_audio(audio)
 
     def on_train_start(self) -> None:
-        """Fit the schedule to the length of the training.
-
-        Raises:
-            ValueError: If the training is over before the towers' part begins.
-        """
+        """Fit the schedule to the length of the training, and warn where that ends before the towers' part begins."""
         steps = steps_per_epoch(self)
         self._schedule.warmup_steps = round(self.warmup_epochs * steps)
         self._schedule.boundary = self.pretrain_epochs * steps
         fit_schedule(self, self._schedule)
-        # A dry run has one step, and a training without an end has none to count.
-        counted = self._schedule.total_steps > 0 and not getattr(self.trainer, "fast_dev_run", False)
-        if self.pretrain_epochs and counted and self._schedule.total_steps <= self._schedule.boundary:
-            raise ValueError(
-                f"pretrain_epochs={self.pretrain_epochs} leaves the towers no step of the training's "
-                f"{self._schedule.total_steps}: raise --trainer.max_epochs"
-            )
+        # A training without an end has no steps to count.
+        if self.pretrain_epochs and 0 < self._schedule.total_steps <= self._schedule.boundary:
+            log.warning(
+                "pretrain_epochs=%d leaves the towers none of the training's %d steps: raise --trainer.max_epochs",
+                self.pretrain_epochs, self._schedule.total_steps,
+            )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
         """Start the towers from the pre-trained encoder, when its part is over."""

@@ -92,9 +92,10 @@ class DualTower(nn.Module):
     def _embed(self, clips: Tensor, encoder: ViTEncoder, head: nn.Module) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             states = pooled(encoder(clips), self.pool)
-        embedded: Tensor = head(states)
-        # Unit length in float32: in half precision similarities of large galleries would often be ties.
-        return F.normalize(embedded.float() if embedded.dtype != torch.float64 else embedded, dim=1)
+        # Not under autocast: embeddings of half precision have similarities that are often ties in a large gallery.
+        with torch.autocast(clips.device.type, enabled=False):
+            weights = next(head.parameters())
+            return F.normalize(head(states.to(weights.dtype)), dim=1)
 
     def encode_video(self, clips: Tensor) -> Tensor:
         """Embeddings `(batch, proj_dim)` of unit length of clips `(batch, T, channels, height, width)`."""

@@ -81,7 +81,8 @@ def plan(study: Study, root: Path, seeds: Sequence[int], smoke: bool = False) ->
     """The runs of a study.
 
     A run's folder carries a digest of its settings, which for a variant with a run before it are those of both: a
-    changed study starts anew, and a study that is started again finds what it has finished.
+    changed study starts anew, and a study that is started again finds what it has finished. Runs before others are
+    shared by all studies of a method.
 
     Args:
         study: The study.
@@ -93,8 +94,10 @@ def plan(study: Study, root: Path, seeds: Sequence[int], smoke: bool = False) ->
     runs = []
     extra = study.smoke if smoke else {}
 
-    def run(name: str, folder: str, variant: Variant, seed: int, digest: str) -> Run:
-        place = Path("runs", "studies", *_name(study).parts, folder, f"seed_{seed}-{digest}")
+    own = Path("runs", "studies", *_name(study).parts)
+
+    def run(name: str, folder: Path, variant: Variant, seed: int, digest: str) -> Run:
+        place = folder / f"seed_{seed}-{digest}"
         arguments = ["--config", variant.config, "--seed_everything", str(seed)]
         arguments += [f"--{key}={_flag_value(value)}" for key, value in variant.overrides.items()]
         arguments += ["--trainer.default_root_dir", place.as_posix()]
@@ -105,7 +108,7 @@ def plan(study: Study, root: Path, seeds: Sequence[int], smoke: bool = False) ->
         variant = replace(variant, overrides={**variant.overrides, **extra})
         content = [config, variant.overrides]
         if first is None:
-            runs += [run(name, name, variant, seed, _digest(content)) for seed in seeds]
+            runs += [run(name, own / name, variant, seed, _digest(content)) for seed in seeds]
             continue
         earlier_config = _read_config(root / first.config)
         same = {group: _class_name(config, group) == _class_name(earlier_config, group) for group in ("model", "data")}
@@ -114,8 +117,8 @@ def plan(study: Study, root: Path, seeds: Sequence[int], smoke: bool = False) ->
         before = [earlier_config, first.overrides]
         content += [before, variant.hand]
         for seed in seeds:
-            earlier = run(f"the run before {name}", FIRST, first, seed, _digest(before))
-            later = run(name, name, variant, seed, _digest(content))
+            earlier = run(f"the run before {name}", own.parent / FIRST, first, seed, _digest(before))
+            later = run(name, own / name, variant, seed, _digest(content))
             runs.append(replace(later, first=earlier, hand=tuple(variant.hand.items())))
     return runs
 

@@ -211,7 +211,7 @@ def test_study_stopped_in_either_run_goes_on_there(root: Path) -> None:
 def test_finished_run_needs_the_one_before_it_no_more(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = load_study(study_file(root, variants={"tuned": first_and_hand()}, checks=[]), root)
     run_study(study, root, seeds=[1])
-    shutil.rmtree(root / "runs" / "studies" / "toy" / "compare" / "first")
+    shutil.rmtree(root / "runs" / "studies" / "toy" / "first")
     content = run_study(study, root, seeds=[1])
     assert len(calls(root)) == 2
     assert content["runs"][0]["first"] is None
