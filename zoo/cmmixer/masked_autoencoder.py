@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.cmmixer.mixer import check_keys, check_streams
 from zoo.cmmixer.positions import grid_positions
 from zoo.cmmixer.vit import _EPS, Block, initialise
-from zoo.cmmixer.wide import from_wide, patchify, to_wide, unpatchify
+from zoo.cmmixer.wide import cut_clips, from_wide, unpatchify
 from zoo.common.keyed_random import keyed_uniform, mix_keys
 
 if TYPE_CHECKING:
@@ -202,21 +202,24 @@ class MaskedAutoencoder(nn.Module):
         return self._result(pred_video, pred_audio, targets, halves.float(), halves, mask, shown)
 
     def _patch_weights(self, info: MixInfo, batch: int) -> Tensor:
-        """The video's share of each pixel of each patch, `(batch, patches, patch_size ** 2)`."""
+        """The video's share of each pixel of each patch, `(batch, patches, patch_size ** 2)`, bool or float32."""
         _, height, width = self.encoder.config["image_shape"]
-        pixels = info.weights.expand(batch, self.encoder.config["num_frames"], 1, height, width)
-        return patchify(to_wide(pixels, self.encoder.layout), self.encoder.patch_size)
+        shares = info.weights if info.mask is None else info.mask[:, :, None]
+        pixels = shares.expand(batch, self.encoder.config["num_frames"], 1, height, width)
+        return cut_clips(pixels, self.encoder.patch_size, self.encoder.layout)
 
     def _seen(self, targets: Tensor, share: Tensor | None, visible: Tensor, stream: int | None) -> Tensor:
         """The visible patches of the mix, `(batch, visible, values)`."""
-        index = visible[..., None]
-        video, audio = (targets[:, i].gather(1, index.expand(-1, -1, targets.shape[-1])) for i in (0, 1))
+        rows = torch.arange(len(visible), device=visible.device)[:, None]
         if share is None:
             heard = self.mixer == "audio_only" or (self.mixer == "alternate" and stream == 1)
-            return audio if heard else video
-        weights = share.gather(1, index.expand(-1, -1, share.shape[-1]))
-        channels = targets.shape[-1] // share.shape[-1]
-        return torch.lerp(audio, video, weights.repeat_interleave(channels, 2).to(video.dtype))
+            return targets[rows, int(heard), visible]
+        weights = share[rows, visible][..., None]
+        shape = (*weights.shape[:-1], -1)
+        video, audio = (targets[rows, place, visible].view(shape) for place in (0, 1))
+        if weights.dtype == torch.bool:
+            return torch.where(weights, video, audio).flatten(2)
+        return torch.lerp(audio, video, weights.to(video.dtype)).flatten(2)
 
     def _place(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Decoder tokens at their places on the grid, mask tokens elsewhere; `(batch, patches, hidden_size)`."""
@@ -242,7 +245,7 @@ class MaskedAutoencoder(nn.Module):
             if self.mixer in ("none", "audio_only"):
                 replaced = (replaced[0], 1 - removed) if self.mixer == "none" else (1 - removed, replaced[1])
         else:
-            video = share.mean(2)
+            video = share.float().mean(2)
             replaced = (1 - removed) * (1 - video), (1 - removed) * video
         both = torch.stack(replaced, 1)
         if self.loss_on == "masked":

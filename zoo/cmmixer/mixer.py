@@ -26,13 +26,21 @@ class MixInfo(NamedTuple):
     Attributes:
         mask: bool `(batch, frames, height, width)`, whether a pixel is the video's; None where pixels are blended.
         lam: float32 `(batch, frames)`, the video's share of each picture.
-        weights: float32, the video's share of each pixel, of a shape that broadcasts to
+        blend: float32, the video's share of each pixel where there is no mask, of a shape that broadcasts to
             `(batch, frames, 1, height, width)`.
     """
 
     mask: Tensor | None
     lam: Tensor
-    weights: Tensor
+    blend: Tensor | None = None
+
+    @property
+    def weights(self) -> Tensor:
+        """The video's share of each pixel, float32, of a shape that broadcasts as `blend` does."""
+        if self.mask is not None:
+            return self.mask[:, :, None].float()
+        assert self.blend is not None
+        return self.blend
 
 
 class CrossModalMixer(nn.Module):
@@ -151,25 +159,33 @@ class CrossModalMixer(nn.Module):
         keys = mix_keys(keys[:, None], torch.arange(units)).expand(len(keys), frames)
         mixed = keyed_uniform(keys, 1) < self.prob
         if self.op in ("pixel", "patch"):
-            mask = self._scattered(keys.to(device), height, width) | ~mixed.to(device)[..., None, None]
-            return _cut(mask)
+            return self._scattered(keys.to(device), mixed.to(device), height, width)
         switch = keyed_uniform(keys, 2) < self.switch_prob
         lam = keyed_symmetric_beta(self.alpha, mix_keys(keys, 3))
         blend = torch.where(mixed, lam, 1.0).float().to(device)
         if self.op == "mixup":
             return MixInfo(None, blend, blend[..., None, None, None])
-        inside = self._boxes(keys, lam, height, width, device)
-        # Of a box of sound inside, the video is outside.
+        rows, columns = self._boxes(keys, lam, height, width, device)
+        # Where the sound's box is pasted, the video is outside of it; of an unmixed frame all is outside of no box.
         pasted = switch if self.op == "cutmix" else keyed_uniform(keys, 4) < 0.5
-        mask = (inside ^ pasted.to(device)[..., None, None]) | ~mixed.to(device)[..., None, None]
+        outside = (pasted | ~mixed).to(device)
+        rows = rows & mixed.to(device)[..., None]
+        # A row of a mask is one of two lines, so that rows are copied rather than pixels computed.
+        lines = torch.stack([torch.zeros_like(columns), columns], 2) ^ outside[..., None, None]
+        line = torch.arange(0, 2 * outside.numel(), 2, device=rows.device).view(*outside.shape, 1) + rows
+        mask = lines.view(-1, width).index_select(0, line.flatten()).view(*outside.shape, height, width)
+        area = rows.sum(-1) * columns.sum(-1) / (height * width)
+        share = torch.where(outside, 1 - area, area).float()
         if self.op == "cutmix":
-            return _cut(mask)
+            return MixInfo(mask, share)
         cut = switch.to(device)
         weights = torch.where(cut[..., None, None], mask.float(), blend[..., None, None])
-        return MixInfo(None, weights.mean((2, 3)), weights[:, :, None])
+        return MixInfo(None, torch.where(cut, share, blend), weights[:, :, None])
 
-    def _boxes(self, keys: Tensor, lam: Tensor, height: int, width: int, device: torch.device | str) -> Tensor:
-        """Whether each pixel is in its frame's box, bool `(batch, frames, height, width)`."""
+    def _boxes(
+        self, keys: Tensor, lam: Tensor, height: int, width: int, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """Rows `(batch, frames, height)` and columns `(batch, frames, width)` of each frame's box, bool."""
         lines = []
         for slot, size in ((10, height), (20, width)):
             place = keyed_uniform(keys, slot)
@@ -183,33 +199,37 @@ class CrossModalMixer(nn.Module):
             start, stop = start.to(device)[..., None], (start + side).to(device)[..., None]
             index = torch.arange(size, device=device)
             lines.append((index >= start) & (index < stop))
-        return lines[0][..., :, None] & lines[1][..., None, :]
+        return lines[0], lines[1]
 
-    def _scattered(self, keys: Tensor, height: int, width: int) -> Tensor:
-        """Whether each pixel is the video's, for "pixel" and "patch"."""
+    def _scattered(self, keys: Tensor, mixed: Tensor, height: int, width: int) -> MixInfo:
+        """Parameters of "pixel" and "patch"."""
         if self.op == "pixel":
-            words = mix_keys(keys[..., None], torch.arange(height * width, device=keys.device))
+            pixels = height * width
             # 0.57 * 10 * 10 is a little below 57.
-            count = int(self.swap_ratio * height * width + 1e-9)
-            mask = torch.ones_like(words, dtype=torch.bool)
-            mask.scatter_(2, words.topk(count, dim=2, sorted=False).indices, False)
-            return mask.view(*keys.shape, height, width)
+            count = int(self.swap_ratio * pixels + 1e-9)
+            index = torch.arange(pixels, device=keys.device)
+            # Random words, all different by their last bits: those up to the rank `count` are the sound's.
+            bits = max(1, (pixels - 1).bit_length())
+            words = (mix_keys(keys[..., None], index) >> bits << bits) | index
+            if count:
+                mask = (words > words.kthvalue(count, dim=2, keepdim=True).values) | ~mixed[..., None]
+            else:
+                mask = torch.ones_like(words, dtype=torch.bool)
+            lam = torch.where(mixed, 1 - count / pixels, 1.0)
+            return MixInfo(mask.view(*keys.shape, height, width), lam)
         rows, columns = self.patch_size
         if height % rows or width % columns:
             raise ValueError(f"frames of {height} x {width} cannot be cut into patches of {rows} x {columns}")
         count = (height // rows) * (width // columns)
         kept = keyed_uniform(keys[..., None], 30, torch.arange(count, device=keys.device)) >= self.swap_ratio
-        kept = kept.view(*keys.shape, height // rows, width // columns)
-        return kept.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+        kept |= ~mixed[..., None]
+        lam = kept.float().mean(-1)
+        kept = kept.view(*keys.shape, height // rows, 1, width // columns, 1).expand(-1, -1, -1, rows, -1, columns)
+        return MixInfo(kept.reshape(*keys.shape, height, width), lam)
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
         return f"op={self.op}, granularity={self.granularity}"
-
-
-def _cut(mask: Tensor) -> MixInfo:
-    weights = mask.float()
-    return MixInfo(mask, weights.mean((2, 3)), weights[:, :, None])
 
 
 def apply_mix(video: Tensor, audio: Tensor, info: MixInfo) -> Tensor:
@@ -252,7 +272,11 @@ def check_streams(video: Tensor, audio: Tensor, values: bool = True) -> None:
             raise ValueError(f"{name} is {stream.dtype}: normalise first, to floating numbers of mean 0 and variance 1")
         if not values:
             continue
-        largest = stream.detach().abs().amax().item() if stream.numel() else 0.0
+        if not stream.numel():
+            continue
+        # One pass, and no copy of a batch that may be large.
+        low, high = torch.aminmax(stream.detach())
+        largest = torch.maximum(-low, high).item()
         if not largest < float("inf"):
             raise ValueError(f"{name} has values that are NaN or infinite; a spectrogram needs a floor before its log")
         if largest > _LARGEST:

@@ -176,9 +176,10 @@ class AVRetriever(LightningModule):
                 self.pretrain_epochs, self._schedule.total_steps,
             )  # fmt: skip
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_batch_start(self, batch: VideoAudioBatch, batch_idx: int) -> None:
         """Start the towers from the pre-trained encoder, when its part is over."""
-        if self.autoencoder is None or bool(self.transferred) or self.current_epoch < self.pretrain_epochs:
+        # Not when the epoch starts: a run resumed from the last batch of an epoch begins the next one without that.
+        if batch_idx or self.autoencoder is None or self.current_epoch < self.pretrain_epochs or bool(self.transferred):
             return
         for encoder in self.towers.encoders:
             encoder.load_state_dict(self.autoencoder.encoder.state_dict())

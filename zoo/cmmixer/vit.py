@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.cmmixer.positions import grid_positions
-from zoo.cmmixer.wide import check_grid, patchify, to_wide
+from zoo.cmmixer.wide import check_grid, cut_clips
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,7 +164,7 @@ class ViTEncoder(nn.Module):
             ValueError: If the clips have another shape than the encoder is for.
         """
         self.check(clips)
-        return patchify(to_wide(clips, self.layout), self.patch_size)
+        return cut_clips(clips, self.patch_size, self.layout)
 
     def embed(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
         """Embedded patches with their positions.

@@ -109,6 +109,29 @@ def patchify(wide: Tensor, patch_size: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
+def cut_clips(clips: Tensor, patch_size: int, layout: str = "concat") -> Tensor:
+    """`patchify(to_wide(clips, layout), patch_size)`, in one copy where the frames lie side by side.
+
+    Args:
+        clips: `(batch, frames, channels, height, width)`.
+        patch_size: Side of a patch.
+        layout: As in `to_wide`.
+
+    Returns:
+        `(batch, patches, patch_size * patch_size * channels)`.
+
+    Raises:
+        ValueError: If patches do not tile the frames.
+    """
+    if layout != "concat" or clips.ndim != 5:
+        return patchify(to_wide(clips, layout), patch_size)
+    batch, frames, channels, height, width = clips.shape
+    rows, columns = check_grid(height, width, frames, patch_size)
+    cut = clips.reshape(batch, frames, channels, rows, patch_size, columns // frames, patch_size)
+    values = patch_size * patch_size * channels
+    return cut.permute(0, 3, 1, 5, 4, 6, 2).reshape(batch, rows * columns, values)
+
+
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """The images that patches were cut from: the inverse of `patchify`.
 

@@ -161,7 +161,7 @@ def test_clips_of_another_shape_are_refused_with_both_shapes() -> None:
         ({"image_shape": [0, 8, 12]}, r"image_shape must be .*, got \[0, 8, 12\]"),
         ({"image_shape": [2, 8, 10]}, "frames of 8 rows and 10 columns cannot be cut into patches of 4 x 4"),
         ({"image_shape": [2, 8, 10], "layout": "interleave"}, "8 rows and 3 x 10 columns cannot be cut into patches"),
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers and mlp_ratio must be positive, got 0"),
         ({"num_heads": 3}, "3 heads cannot share a hidden_size of 16"),
         ({"num_heads": 0}, "0 heads cannot share a hidden_size of 16"),
         ({"hidden_size": 18}, "multiple of 4, got 18"),

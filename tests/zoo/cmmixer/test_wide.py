@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo.cmmixer.wide import LAYOUTS, check_grid, from_wide, patchify, to_wide, unpatchify
+from zoo.cmmixer.wide import LAYOUTS, check_grid, cut_clips, from_wide, patchify, to_wide, unpatchify
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,3 +98,10 @@ def test_tensors_of_other_shapes_are_refused() -> None:
         unpatchify(torch.zeros(1, 5, 16), 4, 8, 12)
     with pytest.raises(ValueError, match="8 x 12 has 6 patches of a multiple of 16 values, got 6 of 20"):
         unpatchify(torch.zeros(1, 6, 20), 4, 8, 12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_clips_are_cut_in_one_copy_as_in_two_steps(layout, frames):
+    clips = torch.arange(2 * frames * 3 * 8 * 12).float().view(2, frames, 3, 8, 12)
+    assert torch.equal(cut_clips(clips, 4, layout), patchify(to_wide(clips, layout), 4))
