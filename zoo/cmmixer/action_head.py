@@ -109,7 +109,9 @@ class ActionHead(LightningModule):
         """Logits `(batch, num_classes)` of clips `(batch, T, channels, height, width)`, float32 also under autocast."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             states = pooled(self.encoder(clips), self.pool)
-        logits: Tensor = self.head(self.norm(states))
+        # Not under autocast: of classes with logits of half precision often two are best.
+        with torch.autocast(clips.device.type, enabled=False):
+            logits: Tensor = self.head(self.norm(states.to(self.head.weight.dtype)))
         return logits.float()
 
     def on_train_start(self) -> None:

@@ -164,7 +164,10 @@ class CrossModalRetrieval(Metric):
 
     def _rank(self, queries: Tensor, gallery: Tensor, pair_ids: Tensor) -> dict[str, Tensor]:
         # A product of matrices may round equal columns differently, and ties would be lost.
-        distinct, column = torch.unique(gallery, dim=0, return_inverse=True)
+        # NaN equals nothing, and rows beside it would not be found equal: no unit vector has a 2.
+        column = torch.unique(gallery.nan_to_num(2.0), dim=0, return_inverse=True)[1]
+        place = torch.arange(len(gallery), device=gallery.device)
+        distinct = gallery[torch.zeros_like(place).scatter_(0, column, place)[: int(column.amax()) + 1]]
         rows = max(1, _PAIRS_AT_ONCE // len(gallery))
         first, precision = [], []
         # A trainer's autocast would round the similarities.

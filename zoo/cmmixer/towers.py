@@ -46,7 +46,7 @@ def build_projector(kind: str, hidden_size: int, proj_dim: int) -> nn.Module:
 
 
 class DualTower(nn.Module):
-    """An encoder and a projector for each stream; the two start equal.
+    """An encoder and a projector for each stream; the encoders start equal, the projectors do not.
 
     Args:
         encoder: What both towers start from.

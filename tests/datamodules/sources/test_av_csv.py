@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import wave
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,6 +91,36 @@ def test_labels_of_another_table_are_those_of_the_training(tmp_path: Path, caplo
     data = table_data(path, test_path=str(new))
     assert next(iter(data.test_dataloader())).labels.tolist() == [1, -1, -1]
     assert "1 of 3 rows have labels that" in caplog.text
+
+
+def test_pairs_in_several_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table_data(write_table(tmp_path)).setup("fit")
+    assert "rows of 2 pair_ids are in more than one split" in caplog.text
+    caplog.clear()
+    apart = tmp_path / "apart"
+    lines = ["video,audio,pair_id,split"]
+    lines += [f"clip{n},clip{n}.wav,p{n // 2},{'test' if n < 2 else 'train'}" for n in range(12)]
+    table_data(write_table(apart, lines)).setup("fit")
+    assert "more than one split" not in caplog.text
+
+
+def test_silent_sound_is_told_once_for_all_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_table(tmp_path)
+    with wave.open(str(tmp_path / "clip2.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(16000))
+    data = table_data(path)
+    data.setup("fit")
+    for _ in range(2):
+        list(data.train_dataloader())
+    assert caplog.text.count("clip2.wav is silent") == 1
+
+
+def test_minus_one_is_no_label(tmp_path: Path) -> None:
+    write_clip(tmp_path, "clip", 9)
+    lines = "\n".join(["video,audio,label", *(f"clip,clip.wav,{label}" for label in ("-1",))])
+    (tmp_path / "table.csv").write_text(lines + "\n")
+    assert [row.label for row in read_rows(tmp_path / "table.csv")] == [""]
 
 
 def test_whole_numbers_stay_what_they_are() -> None:

@@ -129,6 +129,16 @@ def test_nan_ranks_last_whether_it_is_an_item_or_the_query() -> None:
     assert nothing["v2a/mdr"] == 3.0
 
 
+def test_equal_vectors_tie_also_beside_vectors_of_nan() -> None:
+    # Of these sizes a plain product of float32 matrices loses ties.
+    for size in (128, 2048):
+        video = torch.randn(1, size, generator=torch.Generator().manual_seed(7)).expand(7, -1)
+        audio = video.clone()
+        audio[1::3] = torch.nan
+        values = computed((video, audio, torch.arange(7)))
+        assert values["v2a/mrr"] == pytest.approx((5 / 5 + 2 / 7) / 7, rel=1e-6)
+
+
 def test_chance_is_what_random_orders_reach() -> None:
     ids = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 6])
     values = computed((torch.ones(10, 2), torch.ones(10, 2), ids), ks=(1, 2, 8, 9, 50))
