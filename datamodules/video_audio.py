@@ -64,8 +64,8 @@ class VideoAudioData(LightningDataModule):
       video file), and if wanted `label`, `pair_id`, `split` (train, validation, test) and `fps` (of frame folders, 25
       by default). Paths are relative to the table. Files are read batch by batch, spectrograms once.
 
-    Both streams are standardised by mean and standard deviation of the training part. In audio, row 0 is the lowest
-    band.
+    Both streams are standardised by mean and standard deviation of the training part (of files, of 256 of its clips).
+    In audio, row 0 is the lowest band.
 
     Args:
         source: "embedded", "av_mnist", "pairs" or "csv"; by default what `path` is, or else "embedded".

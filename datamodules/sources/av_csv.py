@@ -65,6 +65,8 @@ class FileRows(Dataset[VideoAudioBatch]):
         settings: How files become clips.
         standardization: By stream, mean and standard deviation.
         training: Whether keys are new in every epoch.
+        log_mel: Makes the pictures of sounds, of all columns.
+        cache: Keeps them.
     """
 
     def __init__(
@@ -75,27 +77,16 @@ class FileRows(Dataset[VideoAudioBatch]):
         settings: ClipSettings,
         standardization: dict[str, tuple[float, float]],
         training: bool,
+        log_mel: LogMel,
+        cache: SpectrogramCache,
     ) -> None:
         self.table, self.pair_ids, self.labels = rows, pair_ids, labels
         self.settings, self.standardization, self.training = settings, standardization, training
-        self._log_mel = LogMel(
-            settings.sample_rate,
-            settings.n_fft,
-            settings.hop_length,
-            settings.num_mels,
-            frames=None,
-            pre_emphasis=settings.pre_emphasis,
-        )
-        self._cache = SpectrogramCache(settings.cache_dir)
+        self._log_mel, self._cache = log_mel, cache
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.table)
-
-    @property
-    def silent(self) -> int:
-        """Sound files read so far that are silent or too short."""
-        return self._cache.silent
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """A clip and its sound, not standardised.
@@ -155,6 +146,16 @@ class ClipFiles:
         self, path: Path, settings: ClipSettings, validation_fraction: float, split_seed: int, hold_out_test: bool
     ) -> None:
         self.path, self.settings = path, settings
+        # One of each for all parts: what they warn of is said once.
+        self._log_mel = LogMel(
+            settings.sample_rate,
+            settings.n_fft,
+            settings.hop_length,
+            settings.num_mels,
+            frames=None,
+            pre_emphasis=settings.pre_emphasis,
+        )
+        self._cache = SpectrogramCache(settings.cache_dir)
         self.table = read_rows(path)
         self.num_frames = settings.num_frames
         self.labels, self.label_names = encode_labels([row.label for row in self.table])
@@ -169,6 +170,11 @@ class ClipFiles:
         if wanted:
             held_out = split_groups(self.pair_ids[train], validation_fraction, split_seed, str(path), len(wanted))
             splits[train] = torch.tensor([0, *wanted])[held_out]
+        parts_of_pairs = torch.unique(torch.stack([self.pair_ids, splits]), dim=1)[0]
+        torn = len(parts_of_pairs) - len(parts_of_pairs.unique())
+        if torn:
+            log.warning("%s: rows of %d pair_ids are in more than one split: what is evaluated was trained on", path,
+                        torn)  # fmt: skip
         self._splits = splits
         self.standardization = self._standardization()
 
@@ -190,7 +196,17 @@ class ClipFiles:
 
     def _rows(self, chosen: Tensor, standardization: dict[str, tuple[float, float]], training: bool) -> FileRows:
         table = [self.table[row] for row in chosen.tolist()]
-        return FileRows(table, self.pair_ids[chosen], self.labels[chosen], self.settings, standardization, training)
+        return self._file_rows(table, self.pair_ids[chosen], self.labels[chosen], standardization, training)
+
+    def _file_rows(
+        self,
+        table: list[Row],
+        pair_ids: Tensor,
+        labels: Tensor,
+        standardization: dict[str, tuple[float, float]],
+        training: bool,
+    ) -> FileRows:
+        return FileRows(table, pair_ids, labels, self.settings, standardization, training, self._log_mel, self._cache)
 
     def other(self, path: Path) -> FileRows:
         """All rows of another table to test on, in terms of the labels of this one.
@@ -217,7 +233,7 @@ class ClipFiles:
             log.warning("%s: %d of %d rows have labels that %s has not: they count as rows without a label", path,
                         int((~known).sum()), len(table), self.path)  # fmt: skip
         labels = torch.where(known, labels, -1)
-        return FileRows(table, encode_pairs(path, table), labels, self.settings, self.standardization, training=False)
+        return self._file_rows(table, encode_pairs(path, table), labels, self.standardization, training=False)
 
     def _standardization(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of at most 256 training clips, evenly spaced; kept beside the spectrograms."""
@@ -235,8 +251,8 @@ class ClipFiles:
             return kept
         log.info("%s: mean and standard deviation from %d of %d training clips", self.path, len(chosen), len(train))
         clips = [rows.read(index) for index in range(len(rows))]
-        if rows.silent:
-            log.info("%s: the sound of %d of these is silent or too short", self.path, rows.silent)
+        if self._cache.silent:
+            log.info("%s: the sound of %d of these is silent or too short", self.path, self._cache.silent)
         found = {
             stream: moments(f"{self.path}: {stream}", tensors)
             for stream, tensors in zip(STREAMS, zip(*clips, strict=True), strict=True)

@@ -247,7 +247,7 @@ def resized(images: Tensor, image_size: int) -> Tensor:
     """Bring `(images, channels, height, width)` to `image_size` rows and columns by bilinear interpolation."""
     if images.shape[-2:] == (image_size, image_size):
         return images
-    smaller = image_size < min(images.shape[-2:])
+    smaller = image_size < max(images.shape[-2:])
     return F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=smaller)
 
 

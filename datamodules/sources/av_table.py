@@ -32,7 +32,7 @@ class Row(NamedTuple):
     Attributes:
         video: Folder of frames, or video file.
         audio: Sound file, or the video file itself.
-        label: As in the table; empty where there is none.
+        label: As in the table; empty where there is none, or -1.
         pair_id: As in the table; empty where there is none.
         split: One of `SPLITS`; empty where the table has no such column.
         fps: Frames a second of a frame folder.
@@ -133,7 +133,9 @@ def _read_row(path: Path, line: int, header: list[str], cells: list[str]) -> tup
             fps = math.nan
         if not 0 < fps < math.inf:
             raise ValueError(f"{path}:{line}: fps is {text!r}, expected a number above 0")
-    row = Row(video, audio, given.get("label", ""), given.get("pair_id", ""), split, fps, line)
+    # As a name, -1 would make names of all whole numbers, and number them anew.
+    label = "" if given.get("label") == "-1" else given.get("label", "")
+    row = Row(video, audio, label, given.get("pair_id", ""), split, fps, line)
     return row, is_folder and not text
 
 
