@@ -45,6 +45,7 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "hop_length": (*DIGITS, "csv"),
     "num_mels": (*DIGITS, "csv"),
     "pre_emphasis": (*DIGITS, "csv"),
+    "clip_seconds": ("csv",),
     "cache_dir": ("csv",),
 }
 
@@ -90,6 +91,8 @@ class VideoAudioData(LightningDataModule):
         hop_length: Samples between columns; 128 for digits, 512 for files.
         num_mels: Bands; `image_size` by default. Others are brought to `image_size` by interpolation.
         pre_emphasis: Weight of the sample before, 0 for none.
+        clip_seconds: Length of the clip, from the middle of the video, that frames are spread over; the whole video by
+            default.
         pad_short: Whether clips with fewer frames than `num_frames` repeat the last one; refused otherwise.
         cache_dir: Folder for spectrograms of files; in the user's cache by default.
         batch_size: Training batch of one process. A last batch that is not full is left out.
@@ -123,6 +126,7 @@ class VideoAudioData(LightningDataModule):
         num_mels: int | None = None,
         pre_emphasis: float | None = None,
         pad_short: bool = False,
+        clip_seconds: float | None = None,
         cache_dir: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 256,
@@ -139,7 +143,7 @@ class VideoAudioData(LightningDataModule):
         self.sample_rate, self.window, self.n_fft, self.hop_length = sample_rate, window, n_fft, hop_length
         self.num_mels, self.pre_emphasis, self.pad_short, self.cache_dir = num_mels, pre_emphasis, pad_short, cache_dir
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed = seed
+        self.clip_seconds, self.seed = clip_seconds, seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._num_frames = num_frames
         self._check_options()
@@ -161,8 +165,9 @@ class VideoAudioData(LightningDataModule):
         )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}")
-        if self.window is not None and not self.window > 0:
-            raise ValueError(f"window must be above 0 seconds, got {self.window}")
+        for name, seconds in (("window", self.window), ("clip_seconds", self.clip_seconds)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {seconds}")
         if self.pre_emphasis is not None and not 0 <= self.pre_emphasis < 1:
             raise ValueError(f"pre_emphasis must be at least 0 and below 1, got {self.pre_emphasis}")
         if bool(self.path) != (self.source in ("pairs", "csv")):
@@ -269,6 +274,7 @@ class VideoAudioData(LightningDataModule):
             num_mels=self.num_mels or size,
             pre_emphasis=self.pre_emphasis or 0.0,
             pad_short=self.pad_short,
+            clip_seconds=self.clip_seconds,
             cache_dir=Path(self.cache_dir).expanduser() if self.cache_dir else default_folder() / "spectrograms",
         )
 
@@ -313,6 +319,11 @@ class VideoAudioData(LightningDataModule):
     def label_names(self) -> list[str] | None:
         """Names of the classes; None where there are none."""
         return self._clips.label_names
+
+    @property
+    def pair_names(self) -> dict[int, str] | None:
+        """Names of the test's pairs by `pair_ids`; None where they have none."""
+        return getattr(self._test_rows, "pair_names", None)
 
     @property
     def standardization(self) -> dict[str, tuple[float, float]]:

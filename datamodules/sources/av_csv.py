@@ -53,6 +53,7 @@ class ClipSettings(NamedTuple):
     pre_emphasis: float
     pad_short: bool
     cache_dir: Path
+    clip_seconds: float | None = None
 
 
 class FileRows(Dataset[VideoAudioBatch]):
@@ -88,6 +89,14 @@ class FileRows(Dataset[VideoAudioBatch]):
         """Number of rows."""
         return len(self.table)
 
+    @property
+    def pair_names(self) -> dict[int, str]:
+        """What the table calls each pair; rows without a `pair_id` are called by their line."""
+        return {
+            number: row.pair_id or f"line {row.line}"
+            for number, row in zip(self.pair_ids.tolist(), self.table, strict=True)
+        }
+
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """A clip and its sound, not standardised.
 
@@ -110,8 +119,8 @@ class FileRows(Dataset[VideoAudioBatch]):
         settings = self.settings
         shape = (settings.num_frames, settings.image_size, settings.channels, settings.pad_short)
         if row.video.is_dir():
-            return read_frames(row.video, *shape, fps=row.fps)
-        return read_video(row.video, *shape)
+            return read_frames(row.video, *shape, fps=row.fps, clip_seconds=settings.clip_seconds)
+        return read_video(row.video, *shape, clip_seconds=settings.clip_seconds)
 
     def __getitem__(self, draw: Draw) -> VideoAudioBatch:
         """The batch of the rows `draw.indices`."""

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo.cmmixer.export import build_encoder
 from zoo.cmmixer.layer_decay import layer_decay_groups
 from zoo.cmmixer.mixer import check_streams
-from zoo.cmmixer.pretraining import check_training, steps_per_epoch
+from zoo.cmmixer.pretraining import check_training, refuse_sharding, steps_per_epoch
 from zoo.cmmixer.towers import POOLS
 from zoo.cmmixer.vit import pooled
 from zoo.common.predictions import PredictionFile, external_labels
@@ -114,6 +114,10 @@ class ActionHead(LightningModule):
             logits: Tensor = self.head(self.norm(states.to(self.head.weight.dtype)))
         return logits.float()
 
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that cut weights into pieces."""
+        refuse_sharding(self)
+
     def on_train_start(self) -> None:
         """Fit the schedule to the length of the training."""
         self._schedule.warmup_steps = round(self.warmup_epochs * steps_per_epoch(self))
@@ -171,9 +175,9 @@ class ActionHead(LightningModule):
     def predict_step(self, batch: VideoAudioBatch, batch_idx: int) -> dict[str, Tensor]:
         """Classes int64 `(batch,)`, their `probability` and `pair_ids`; written to `predictions.jsonl` by name."""
         probability, guess = self._logits(batch, batch_idx).softmax(1).max(1)
-        name = external_labels(self, "label_names")
+        name, pair = external_labels(self, "label_names"), external_labels(self, "pair_names")
         rows = zip(batch.pair_ids.tolist(), guess.tolist(), probability.tolist(), strict=True)
-        self._predictions.write({"pair_id": i, "label": name(c), "probability": p} for i, c, p in rows)
+        self._predictions.write({"pair_id": pair(i), "label": name(c), "probability": p} for i, c, p in rows)
         return {"pair_ids": batch.pair_ids, "labels": guess, "probability": probability}
 
     def on_predict_end(self) -> None:

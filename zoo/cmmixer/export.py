@@ -59,7 +59,7 @@ def build_encoder(
         num_frames: Frames of a clip.
         size: One of the names of `SIZES`; "base" by default.
         options: `hidden_size`, `num_layers`, `num_heads`, `mlp_ratio` that replace the name's.
-        patch_size: Side of a patch; 16 by default.
+        patch_size: Side of a patch; 16 by default, 14 for "huge".
         layout: "concat" (default) or "interleave".
         init_from: A folder written by `save_encoder`, or a Hugging Face ViTMAE checkpoint (folder or hub id). The sizes
             are then those of the checkpoint; what is given beside it must agree. Frames may have another size and
@@ -71,8 +71,15 @@ def build_encoder(
     """
     if init_from is None:
         arguments = size_of(size or "base", dict(options or {}), SIZES)
-        return ViTEncoder(image_shape, num_frames, patch_size or 16, **arguments, layout=layout or "concat")
-    folder = local_folder(init_from)
+        patch = patch_size or (14 if size == "huge" else 16)
+        return ViTEncoder(image_shape, num_frames, patch, **arguments, layout=layout or "concat")
+    try:
+        folder = local_folder(init_from)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"init_from: {error}. A checkpoint of a retriever or a classifier has all weights itself: load it with "
+            "init_from=None, and the sizes in encoder_options and patch_size"
+        ) from error
     found = read_config(folder) if folder else {}
     if found.get("model_type") != MODEL_TYPE:
         return _from_vitmae(init_from, image_shape, num_frames, size, options, patch_size, layout)

@@ -18,6 +18,7 @@ _TITLES = {
     "audio": "sound",
     "mix": "mix",
     "visible": "what the encoder sees",
+    "visible_sound": "what the encoder sees",
     "pred_video": "painted video",
     "pred_audio": "painted sound",
 }
@@ -72,10 +73,11 @@ def draw_reconstruction(clips: Mapping[str, Tensor]) -> Figure:
     for sample in range(samples):
         for column, name in enumerate(names):
             # Each stream on the scale of its original; a mix has values of both, which are standardised.
-            source = clips["audio"] if name in ("audio", "pred_audio") else clips["video"]
+            sound = name in ("audio", "pred_audio", "visible_sound")
+            source = clips["audio"] if sound else clips["video"]
             low, high = _range(source[sample])
             wide = torch.cat(list(clips[name][sample]), 2)
-            if name in ("audio", "pred_audio"):
+            if sound:
                 wide = wide.flip(1)
             _show(axes[sample, column], _picture(wide, low, high), _TITLES[name] if sample == 0 else "")
     return figure

@@ -66,6 +66,8 @@ class MaskedAutoencoder(nn.Module):
         num_heads: Its attention heads.
         mlp_ratio: Width of its MLPs over `hidden_size`.
         mask_ratio: Share of the patches that is removed, in [0, 1).
+        mask_block: Side of the square blocks of patches that are removed or kept together: what is hidden is then
+            farther from what is seen. Where the number of visible patches cuts a block, its last patches are removed.
         norm_pix_loss: Whether targets are standardised patch by patch.
         audio_weight: Weight w_a of the sound's loss.
         loss_on: Where a stream is scored: "masked": on removed patches; "hidden": also on visible ones, as far as the
@@ -76,6 +78,7 @@ class MaskedAutoencoder(nn.Module):
     """
 
     positions: Tensor
+    block: Tensor
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class MaskedAutoencoder(nn.Module):
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         mask_ratio: float = 0.75,
+        mask_block: int = 1,
         norm_pix_loss: bool = False,
         audio_weight: float = 1.0,
         loss_on: str = "masked",
@@ -107,7 +111,12 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"loss_on={loss_on!r} has no meaning for {mixer!r}, which shows no stream in place of another"
             )
+        if mask_block < 1:
+            raise ValueError(f"mask_block must be at least 1, got {mask_block}")
         self.encoder, self.mixer = encoder, mixer
+        rows, columns = (torch.arange(size) // mask_block for size in encoder.grid)
+        self.mask_block = mask_block
+        self.register_buffer("block", (rows[:, None] * len(columns) + columns).flatten(), persistent=False)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.audio_weight, self.loss_on = audio_weight, loss_on
         values = encoder.patch_embedding.in_features
@@ -132,8 +141,11 @@ class MaskedAutoencoder(nn.Module):
 
     def random_order(self, keys: Tensor, patches: int, device: torch.device) -> Tensor:
         """A random order of the patches of each sample, int64 `(batch, patches)`: the first ones are visible."""
-        noise = keyed_uniform(keys.to(device)[:, None], _MASK_SLOT, torch.arange(patches, device=device))
-        return noise.argsort(1)
+        place = torch.arange(patches, device=device)
+        # A block has one number, and its patches stay in order.
+        block = self.block[place % len(self.block)] + place // len(self.block) * len(self.block)
+        noise = keyed_uniform(keys.to(device)[:, None], _MASK_SLOT, block)
+        return noise.argsort(stable=True, dim=1)
 
     def draw_mix(self, keys: Tensor, device: torch.device) -> MixInfo | None:
         """How each sample of a batch is mixed; None where it is not."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.common.artifacts import log_figure
-from zoo.common.predictions import PredictionFile
+from zoo.common.predictions import PredictionFile, external_labels
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -72,7 +72,8 @@ class Matches:
     def write(self, top_k: int) -> None:
         """Write `predictions.jsonl` over the gallery of all processes, and forget it. All processes must call it.
 
-        A line is `{"query": "video" or "audio", "pair_id": ..., "found": [pair ids, best first], "scores": [...]}`.
+        A line is `{"query": "video" or "audio", "pair_id": ..., "found": [pair ids, best first], "scores": [...]}`;
+        pairs have the datamodule's names, where it has such.
 
         Args:
             top_k: Length of the lists.
@@ -90,10 +91,13 @@ class Matches:
             file.close()
             return
         video, audio, ids = (torch.cat(kept) for kept in zip(*vectors, strict=True))
+        label = external_labels(self._module, "pair_names")
+        names = [label(number) for number in ids.tolist()]
         for name, queries, gallery in (("video", video, audio), ("audio", audio, video)):
             for start in range(0, len(queries), _CHUNK):
                 best = (queries[start : start + _CHUNK] @ gallery.T).topk(min(top_k, len(gallery)), dim=1)
-                own, found = ids[start : start + _CHUNK].tolist(), ids[best.indices].tolist()
+                own = names[start : start + _CHUNK]
+                found = [[names[place] for place in places] for places in best.indices.tolist()]
                 lines = zip(own, found, best.values.tolist(), strict=True)
                 file.write({"query": name, "pair_id": i, "found": f, "scores": s} for i, f, s in lines)
         file.close()

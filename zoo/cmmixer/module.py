@@ -16,7 +16,13 @@ from torchmetrics import MeanMetric
 from zoo.cmmixer.export import build_encoder, save_encoder
 from zoo.cmmixer.layer_decay import layer_decay_groups
 from zoo.cmmixer.mixer import check_streams
-from zoo.cmmixer.pretraining import build_autoencoder, check_training, evaluation_losses, steps_per_epoch
+from zoo.cmmixer.pretraining import (
+    build_autoencoder,
+    check_training,
+    evaluation_losses,
+    refuse_sharding,
+    steps_per_epoch,
+)
 from zoo.cmmixer.vit import pooled
 from zoo.common.artifacts import log_figure, run_folder
 from zoo.common.schedules import WarmupCosine, fit_schedule
@@ -55,6 +61,7 @@ class MixerMAE(LightningModule):
             painted), "concat" (both are seen, as tokens beside each other).
         mixer_options: More arguments of `CrossModalMixer`, such as `granularity` or `alpha`.
         mask_ratio: Share of the patches that is hidden.
+        mask_block: Side of the blocks of patches that are hidden or visible together.
         norm_pix_loss: Whether targets are standardised patch by patch.
         audio_weight: Weight of the sound's loss.
         loss_on: Where a stream is scored: "masked" (default), "hidden" or "replaced" (see `MaskedAutoencoder`).
@@ -85,6 +92,7 @@ class MixerMAE(LightningModule):
         op: str = "cutmix",
         mixer_options: dict[str, Any] | None = None,
         mask_ratio: float = 0.75,
+        mask_block: int = 1,
         norm_pix_loss: bool = False,
         audio_weight: float = 1.0,
         loss_on: str = "masked",
@@ -108,12 +116,15 @@ class MixerMAE(LightningModule):
             decoder or encoder,
             decoder_options,
             mask_ratio=mask_ratio,
+            mask_block=mask_block,
             norm_pix_loss=norm_pix_loss,
             audio_weight=audio_weight,
             loss_on=loss_on,
         )
         self._schedule = WarmupCosine(0, floor=min_lr / lr)
-        names = ("loss", "loss_video", "loss_audio", *(() if norm_pix_loss else ("psnr_video", "psnr_audio")))
+        # Of patches standardised one by one, and of none, there is no PSNR.
+        ratios = () if norm_pix_loss or mask_ratio == 0 else ("psnr_video", "psnr_audio")
+        names = ("loss", "loss_video", "loss_audio", *ratios)
         self.val_means, self.test_means = (nn.ModuleDict({name: _new_mean(name) for name in names}) for _ in range(2))
 
     @property
@@ -131,6 +142,10 @@ class MixerMAE(LightningModule):
         """Mix, hide and paint; see `MaskedAutoencoder.forward`."""
         out: Reconstruction = self.autoencoder(video, audio, keys, stream)
         return out
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that cut weights into pieces."""
+        refuse_sharding(self)
 
     def on_train_start(self) -> None:
         """Fit the schedule to the length of the training."""
@@ -205,8 +220,9 @@ class MixerMAE(LightningModule):
 
         Returns:
             Clips `(batch, frames, channels, height, width)` on the CPU: `video`, `audio`, `mix` (where there is one),
-            `visible` (NaN where hidden), `pred_video`, `pred_audio`. Painted patches are shown where hidden and where
-            visible; targets standardised patch by patch are brought back to their own mean and spread.
+            `visible` (NaN where hidden; `visible_sound` where the encoder sees the sound alone), `pred_video`,
+            `pred_audio`. Painted patches are shown where hidden and where visible; targets standardised patch by patch
+            are brought back to their own mean and spread.
         """
         video, audio, keys = batch.video[:count], batch.audio[:count], batch.keys[:count]
         outs = evaluation_losses(self.autoencoder, video, audio, keys)
@@ -218,7 +234,10 @@ class MixerMAE(LightningModule):
             shown["mix"] = apply_mix(video, audio, info)
         patches = self.encoder.num_patches
         hidden, seen = outs[0].mask[:, :patches, None], outs[0].seen[:, :patches]
-        shown["visible"] = self.autoencoder.to_clips(seen.float().masked_fill(hidden, torch.nan))
+        seen_is_sound = self.autoencoder.mixer == "audio_only"
+        shown["visible_sound" if seen_is_sound else "visible"] = self.autoencoder.to_clips(
+            seen.float().masked_fill(hidden, torch.nan)
+        )
         predictions = (outs[0].pred_video, outs[-1].pred_audio)
         for name, stream, prediction in zip(("video", "audio"), (video, audio), predictions, strict=True):
             painted = prediction.float()

@@ -76,6 +76,17 @@ def check_training(lr: float, weight_decay: float, warmup_epochs: float) -> None
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
+def refuse_sharding(module: LightningModule) -> None:
+    """Refuse strategies that cut parameters into pieces; to be called in `setup`.
+
+    Raises:
+        ValueError: Under FSDP, DeepSpeed or model parallelism.
+    """
+    strategy = type(module.trainer.strategy).__name__
+    if any(kind in strategy for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise ValueError(f"{strategy} cuts weights into pieces, and encoders are exported and copied whole: use ddp")
+
+
 def steps_per_epoch(module: LightningModule) -> int:
     """Optimizer steps of an epoch of the running training."""
     batches = module.trainer.num_training_batches

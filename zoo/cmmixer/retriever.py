@@ -18,7 +18,7 @@ from zoo.cmmixer.matches import Matches
 from zoo.cmmixer.metrics import CrossModalRetrieval
 from zoo.cmmixer.mixer import check_streams
 from zoo.cmmixer.phases import TwoPhases
-from zoo.cmmixer.pretraining import build_autoencoder, check_training, steps_per_epoch
+from zoo.cmmixer.pretraining import build_autoencoder, check_training, refuse_sharding, steps_per_epoch
 from zoo.cmmixer.towers import DualTower
 from zoo.common.schedules import fit_schedule
 
@@ -54,7 +54,8 @@ class AVRetriever(LightningModule):
         share_encoder: Whether the towers stay one encoder.
         freeze_encoder: Whether only the projectors are trained.
         pool: "mean" over patches, or "cls".
-        projector: "linear_relu" (the published code's), "linear", "linear_bn" or "mlp".
+        projector: "linear_relu" (the published code's), "linear", "linear_bn" (batch normalisation over the rows of
+            each process) or "mlp".
         proj_dim: Width of the embeddings.
         loss: "nt_xent" (negatives of both streams), "infonce" (of the other stream) or "triplet" (the hardest one of
             the other stream). Negatives are those of all processes.
@@ -71,7 +72,7 @@ class AVRetriever(LightningModule):
         pretrain_epochs: First epochs of the training that train a masked autoencoder in place of the towers; these then
             start from its encoder.
         pretrain: What that autoencoder is: `op`, `mixer_options`, `decoder`, `decoder_options`, `mask_ratio`,
-            `norm_pix_loss`, `audio_weight`, `loss_on` of `MixerMAE`, and `lr`.
+            `mask_block`, `norm_pix_loss`, `audio_weight`, `loss_on` of `MixerMAE`, and `lr`.
 
     Raises:
         ValueError: If an argument is out of its range, or contradicts the checkpoint of `init_from`.
@@ -163,6 +164,10 @@ class AVRetriever(LightningModule):
         """Embeddings of both streams of a batch."""
         return self.encode_video(video), self.encode_audio(audio)
 
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that cut weights into pieces."""
+        refuse_sharding(self)
+
     def on_train_start(self) -> None:
         """Fit the schedule to the length of the training, and warn where that ends before the towers' part begins."""
         steps = steps_per_epoch(self)
@@ -229,6 +234,11 @@ class AVRetriever(LightningModule):
     def validation_step(self, batch: VideoAudioBatch, batch_idx: int) -> None:
         """Add a batch to the validation's gallery."""
         self._gather(batch, self.val_metric, batch_idx)
+
+    def on_test_start(self) -> None:
+        """Forget what a test that was broken off has left."""
+        self.test_metric.reset()
+        self.matches.clear()
 
     def test_step(self, batch: VideoAudioBatch, batch_idx: int) -> None:
         """Add a batch to the test's gallery."""

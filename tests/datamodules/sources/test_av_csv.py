@@ -173,3 +173,27 @@ def test_too_few_frames_are_repeated_only_on_request(tmp_path: Path) -> None:
         table_data(path, num_frames=8).setup("fit")
     video = next(iter(table_data(path, num_frames=8, pad_short=True).train_dataloader())).video
     assert video.shape[1] == 8 and torch.equal(video[:, 5], video[:, 7])
+
+
+def test_frames_may_come_from_a_clip_in_the_middle(tmp_path: Path) -> None:
+    path = write_table(tmp_path)
+    whole, middle = (table_data(path, clip_seconds=seconds) for seconds in (None, 0.6))
+    rows = [data._clips.rows("train") for data in (whole, middle)]
+    times = [part._read_clip(part.table[0]).times for part in rows]
+    assert float(times[1][-1] - times[1][0]) < float(times[0][-1] - times[0][0])
+    assert float(times[1].mean()) == pytest.approx(float(times[0].mean()), abs=0.1)
+    with pytest.raises(ValueError, match="clip_seconds must be above 0"):
+        table_data(path, clip_seconds=0.0)
+    with pytest.raises(ValueError, match=r"clip_seconds=3\.0 has no meaning for source='embedded'"):
+        VideoAudioData(clip_seconds=3.0)
+
+
+def test_pairs_have_the_names_of_their_table(tmp_path: Path) -> None:
+    data = table_data(write_table(tmp_path))
+    (batch,) = data.test_dataloader()
+    names = data.pair_names
+    assert names is not None
+    assert {names[number] for number in batch.pair_ids.tolist()} == {
+        row.pair_id or f"line {row.line}" for row in data._test_rows.table
+    }  # type: ignore[attr-defined]
+    assert VideoAudioData().pair_names is None

@@ -171,7 +171,7 @@ def test_predictions_have_ids_and_names_of_classes_and_need_no_labels(names: lis
     assert [id_ for part in found for id_ in part["pair_ids"].tolist()] == ids
     assert [c for part in found for c in part["labels"].tolist()] == classes
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text("utf-8").splitlines()]
-    assert [line["pair_id"] for line in lines] == ids
+    assert [line["pair_id"] for line in lines] == [str(id_) for id_ in ids]
     assert [line["label"] for line in lines] == [names[c] if names else str(c) for c in classes]
     assert [line["probability"] for line in lines] == pytest.approx(chances.amax(1).tolist())
 

@@ -419,3 +419,16 @@ def test_streams_of_different_shapes_are_refused_by_the_network_too():
     video, audio = clips()
     with pytest.raises(ValueError, match="audio must be rendered to the frame size"):
         autoencoder("none")(video, audio[..., :-1], KEYS)
+
+
+def test_blocks_of_patches_are_hidden_together():
+    encoder = ViTEncoder([1, 16, 16], 1, patch_size=2, hidden_size=8, num_layers=1, num_heads=2)
+    model = MaskedAutoencoder(encoder, "none", 8, 1, 2, mask_block=4)
+    keys = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
+    order = model.random_order(keys, encoder.num_patches, torch.device("cpu"))
+    seen = torch.zeros(64, 64, dtype=torch.bool).scatter_(1, order[:, : model.num_visible], True).view(64, 2, 4, 2, 4)
+    shares = seen.float().mean((2, 4)).flatten(1)
+    assert shares.sort(1).values.tolist() == [[0, 0, 0, 1]] * 64, "one of four blocks is visible, all of it"
+    assert len(set(shares.argmax(1).tolist())) == 4
+    with pytest.raises(ValueError, match="mask_block must be at least 1, got 0"):
+        MaskedAutoencoder(encoder, "none", 8, 1, 2, mask_block=0)

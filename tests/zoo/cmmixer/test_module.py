@@ -175,7 +175,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_what_is_reconstructed_is_nan_exactly_where_it_was_hidden(op: str, layout: str) -> None:
     module, batch = build(op=op, layout=layout), clips(5)
     shown = module.reconstruct(batch, 3)
-    names = {"video", "audio", "visible", "pred_video", "pred_audio"} | ({"mix"} if op == "patch" else set())
+    visible = "visible_sound" if op == "audio_only" else "visible"
+    names = {"video", "audio", visible, "pred_video", "pred_audio"} | ({"mix"} if op == "patch" else set())
     assert shown.keys() == names
     assert all(part.shape == (3, FRAMES, *SHAPE) and part.dtype == torch.float32 for part in shown.values())
     video, audio, keys = batch.video[:3], batch.audio[:3], batch.keys[:3]
@@ -185,14 +186,14 @@ def test_what_is_reconstructed_is_nan_exactly_where_it_was_hidden(op: str, layou
         out = auto(video, audio, keys, 0)
     patches = auto.encoder.num_patches
     hidden = auto.to_clips(out.mask[:, :patches, None].expand(-1, -1, PATCH**2).float()).bool()
-    assert torch.equal(shown["visible"].isnan(), hidden) and 0 < int(hidden.sum()) < hidden.numel()
+    assert torch.equal(shown[visible].isnan(), hidden) and 0 < int(hidden.sum()) < hidden.numel()
     if op != "concat":
         assert int(hidden.sum()) == 3 * (patches - patches // 4) * PATCH**2
     source = audio if op == "audio_only" else video
     if op == "patch":
         source = apply_mix(video, audio, auto.draw_mix(keys, video.device))  # type: ignore[arg-type]
         assert torch.equal(shown["mix"], source)
-    assert torch.equal(shown["visible"][~hidden], source[~hidden])
+    assert torch.equal(shown[visible][~hidden], source[~hidden])
     torch.testing.assert_close(shown["pred_video"], auto.to_clips(out.pred_video))
     if op == "alternate":
         with torch.no_grad():
