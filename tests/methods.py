@@ -287,13 +287,8 @@ VARIANTS = [
     *(
         Method(f"MixerMAE, {name}", clips("MixerMAE", "--model.decoder", "tiny", *options))
         for name, options in (
-            (
-                "patches of two frames, interleaved",
-                ("--model.op", "patch", "--model.layout", "interleave", *TWO_FRAMES),
-            ),
-            ("by turns", ("--model.op", "alternate")),
-            ("both streams as tokens", ("--model.op", "concat", "--model.norm_pix_loss", "true")),
-            ("pixels, hidden ones scored", ("--model.op", "pixel", "--model.loss_on", "hidden")),
+            ("by turns", ("--model.op", "alternate", "--model.norm_pix_loss", "true")),
+            ("both streams as tokens", ("--model.op", "concat", "--model.layout", "interleave", *TWO_FRAMES)),
         )
     ),
     *(

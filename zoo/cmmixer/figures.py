@@ -22,6 +22,7 @@ _TITLES = {
     "pred_video": "painted video",
     "pred_audio": "painted sound",
 }
+_SEEN = ("visible", "visible_sound")
 _HIDDEN = 0.82  # grey
 _RIGHT, _WRONG = "#2a9d3a", "#c63d2f"
 
@@ -58,7 +59,7 @@ def _range(clips: Tensor) -> tuple[float, float]:
 
 
 def draw_reconstruction(clips: Mapping[str, Tensor]) -> Figure:
-    """Originals, mix, visible patches and both paintings beside each other, a sample a row.
+    """Originals, mix, visible patches, and both paintings of what is hidden, beside each other, a sample a row.
 
     Spectrograms have low tones at the bottom.
 
@@ -67,6 +68,7 @@ def draw_reconstruction(clips: Mapping[str, Tensor]) -> Figure:
     """
     names = [name for name in _TITLES if name in clips]
     samples, frames, _, height, width = clips["video"].shape
+    seen = [clips[name if name in clips else other] for name, other in (_SEEN, _SEEN[::-1])]
     aspect = frames * width / height
     figure = _new_figure(min(24.0, 1.7 * aspect * len(names)), 1.8 * samples + 0.3)
     axes = figure.subplots(samples, len(names), squeeze=False)
@@ -76,7 +78,11 @@ def draw_reconstruction(clips: Mapping[str, Tensor]) -> Figure:
             sound = name in ("audio", "pred_audio", "visible_sound")
             source = clips["audio"] if sound else clips["video"]
             low, high = _range(source[sample])
-            wide = torch.cat(list(clips[name][sample]), 2)
+            picture = clips[name][sample]
+            if name.startswith("pred"):
+                # What is seen is not scored as a rule, and what is painted there means nothing.
+                picture = picture.masked_fill(~seen[sound][sample].isnan(), torch.nan)
+            wide = torch.cat(list(picture), 2)
             if sound:
                 wide = wide.flip(1)
             _show(axes[sample, column], _picture(wide, low, high), _TITLES[name] if sample == 0 else "")

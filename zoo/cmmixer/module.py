@@ -220,9 +220,9 @@ class MixerMAE(LightningModule):
 
         Returns:
             Clips `(batch, frames, channels, height, width)` on the CPU: `video`, `audio`, `mix` (where there is one),
-            `visible` (NaN where hidden; `visible_sound` where the encoder sees the sound alone), `pred_video`,
-            `pred_audio`. Painted patches are shown where hidden and where visible; targets standardised patch by patch
-            are brought back to their own mean and spread.
+            `visible` (NaN where hidden; `visible_sound` where the encoder sees the sound by itself), `pred_video` and
+            `pred_audio`, painted everywhere. Targets that are standardised patch by patch are brought back to their own
+            mean and spread.
         """
         video, audio, keys = batch.video[:count], batch.audio[:count], batch.keys[:count]
         outs = evaluation_losses(self.autoencoder, video, audio, keys)
@@ -233,11 +233,9 @@ class MixerMAE(LightningModule):
 
             shown["mix"] = apply_mix(video, audio, info)
         patches = self.encoder.num_patches
-        hidden, seen = outs[0].mask[:, :patches, None], outs[0].seen[:, :patches]
-        seen_is_sound = self.autoencoder.mixer == "audio_only"
-        shown["visible_sound" if seen_is_sound else "visible"] = self.autoencoder.to_clips(
-            seen.float().masked_fill(hidden, torch.nan)
-        )
+        halves = outs[0].seen.float().masked_fill(outs[0].mask[..., None], torch.nan).split(patches, 1)
+        names = ("visible_sound",) if self.autoencoder.mixer == "audio_only" else ("visible", "visible_sound")
+        shown |= {name: self.autoencoder.to_clips(half) for name, half in zip(names, halves, strict=False)}
         predictions = (outs[0].pred_video, outs[-1].pred_audio)
         for name, stream, prediction in zip(("video", "audio"), (video, audio), predictions, strict=True):
             painted = prediction.float()

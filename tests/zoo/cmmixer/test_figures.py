@@ -50,8 +50,9 @@ def test_low_tones_are_at_the_bottom_and_videos_keep_their_way_up() -> None:
         part.zero_()
         # Row 0: the lowest tones, or the top of a frame.
         part[:, :, :, 0] = 1.0
+    clips["visible"] = torch.full_like(clips["visible"], torch.nan)
     axes = dict(zip(NAMES, draw_reconstruction(clips).axes, strict=True))
-    for name in NAMES:
+    for name in set(NAMES) - {"visible"}:
         expected = torch.zeros(8, 12, 3)
         expected[-1 if name in ("audio", "pred_audio") else 0] = 1.0
         torch.testing.assert_close(picture(axes[name]).float(), expected)
@@ -63,10 +64,26 @@ def test_frames_lie_from_left_to_right_on_the_scale_of_the_original() -> None:
     clips["pred_video"] = torch.full((1, 2, 1, 8, 6), 1.0)
     clips["pred_video"][:, 1] = 9.0
     clips["audio"], clips["pred_audio"] = 10 * clips["video"], 10 * clips["pred_video"]
+    clips["visible"] = torch.full_like(clips["video"], torch.nan)
     axes = dict(zip(NAMES, draw_reconstruction(clips).axes, strict=True))
     for name, left in (("video", 0.0), ("pred_video", 0.5), ("audio", 0.0), ("pred_audio", 0.5)):
         shown = picture(axes[name])
         assert bool((shown[:, :6] == left).all()) and bool((shown[:, 6:] == 1).all()), name
+
+
+def test_paintings_of_what_is_seen_are_grey() -> None:
+    clips = made(1, 1)
+    clips["visible"] = torch.full_like(clips["video"], torch.nan)
+    clips["visible"][..., :2] = 0.0
+    axes = dict(zip(NAMES, draw_reconstruction(clips).axes, strict=True))
+    for name in ("pred_video", "pred_audio"):
+        shown = picture(axes[name])
+        assert torch.allclose(shown[:, :2].float(), torch.tensor(0.82))
+        assert not bool((shown[:, 2:] == shown[0, 0]).any())
+    clips["visible_sound"] = torch.full_like(clips["video"], torch.nan)
+    figure = draw_reconstruction(clips)
+    painted = picture(figure.axes[-1])
+    assert not torch.allclose(painted[:, :2].float(), torch.tensor(0.82)), "of the sound, nothing is seen"
 
 
 def test_what_is_hidden_is_grey() -> None:

@@ -176,7 +176,8 @@ def test_what_is_reconstructed_is_nan_exactly_where_it_was_hidden(op: str, layou
     module, batch = build(op=op, layout=layout), clips(5)
     shown = module.reconstruct(batch, 3)
     visible = "visible_sound" if op == "audio_only" else "visible"
-    names = {"video", "audio", visible, "pred_video", "pred_audio"} | ({"mix"} if op == "patch" else set())
+    more = {"patch": {"mix"}, "concat": {"visible_sound"}}.get(op, set())
+    names = {"video", "audio", visible, "pred_video", "pred_audio"} | more
     assert shown.keys() == names
     assert all(part.shape == (3, FRAMES, *SHAPE) and part.dtype == torch.float32 for part in shown.values())
     video, audio, keys = batch.video[:3], batch.audio[:3], batch.keys[:3]
