@@ -160,6 +160,7 @@ def test_a_resumed_run_transfers_once(stopped: int, tmp_path: Path, caplog: pyte
     saved = torch.load(path, weights_only=True)["state_dict"]
     assert bool(saved["transferred"]) == (stopped > EPOCHS * STEPS)
     resumed, seen = build(), EachStep(lambda module: bool(module.transferred))
+    caplog.clear()
     with caplog.at_level(logging.INFO, "zoo.cmmixer.retriever"):
         trainer(tmp_path, **options, limit_val_batches=0, callbacks=[seen]).fit(
             resumed, loader(batches(STEPS)), loader(batches(1)), ckpt_path=path, weights_only=True
