@@ -25,7 +25,9 @@ def changed(value: torch.Tensor, row: int, to: float) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["pt", "npy", "safetensors"])
 def test_a_folder_is_read_in_each_of_its_formats(tmp_path: Path, kind: str) -> None:
     folder = write_pairs(tmp_path / "pairs")
-    tensors = {name: torch.load(folder / f"{name}.pt") for name in ("video", "audio", "label", "pair_id")}
+    tensors = {
+        name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("video", "audio", "label", "pair_id")
+    }
     if kind != "pt":
         for name, tensor in tensors.items():
             (folder / f"{name}.pt").unlink()
