@@ -192,7 +192,10 @@ METHODS = [
     Method(
         "AVRetriever",
         ("--config", str(CONFIGS / "cmmixer" / "demo.yaml")),
-        small=(*CLIPS, "--model.pretrain_epochs", "1", "--model.learnable_temperature", "true"),
+        small=(
+            *(*CLIPS, "--model.pretrain_epochs", "1", "--model.learnable_temperature", "true"),
+            *("--trainer.check_val_every_n_epoch", "1"),
+        ),
         # Each process normalises by its own half of the batch.
         exact=("--model.projector", "linear"),
         figures=True,
