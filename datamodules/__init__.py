@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from datamodules.interaction_rows import InteractionBatch, InteractionTable, RankingBatch  # noqa: F401
     from datamodules.passages import PassageBatch, PassageData  # noqa: F401
     from datamodules.sequence import SequenceBatch, SequenceData, SequenceTable  # noqa: F401
+    from datamodules.shilling import ShillingInjector  # noqa: F401
     from datamodules.sources.log_mel import LogMel  # noqa: F401
     from datamodules.tabular_tasks import TabularTaskData  # noqa: F401
     from datamodules.task_batches import ImageTaskBatch, TabularTaskBatch  # noqa: F401
+    from datamodules.text_rec import TextRecData  # noqa: F401
+    from datamodules.text_rec_rows import TargetBatch, TextRecBatch  # noqa: F401
     from datamodules.video_audio import VideoAudioData  # noqa: F401
     from datamodules.video_audio_rows import VideoAudioBatch  # noqa: F401
 
@@ -36,6 +39,7 @@ DATAMODULES: dict[str, str] = {
     "PassageData": "datamodules.passages",
     "SequenceData": "datamodules.sequence",
     "TabularTaskData": "datamodules.tabular_tasks",
+    "TextRecData": "datamodules.text_rec",
     "VideoAudioData": "datamodules.video_audio",
 }
 """The LightningDataModules, what `train.py --data` takes, and where each is defined."""
@@ -57,12 +61,15 @@ BATCHES: dict[str, str] = {
     "SlotBatch": "datamodules.cloze",
     "StreamBatch": "datamodules.class_stream_batches",
     "TabularTaskBatch": "datamodules.task_batches",
+    "TargetBatch": "datamodules.text_rec_rows",
+    "TextRecBatch": "datamodules.text_rec_rows",
     "VideoAudioBatch": "datamodules.video_audio_rows",
 }
 """What they hand to a model, and where each is defined."""
 
 PARTS: dict[str, str] = {
     "LogMel": "datamodules.sources.log_mel",
+    "ShillingInjector": "datamodules.shilling",
     "fill_placeholder": "datamodules.cloze_text",
 }
 """Parts for use in any project, and where each is defined."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CATEGORIES = {"baby": "Baby", "sports": "Sports_and_Outdoors", "clothing": "Clothing_Shoes_and_Jewelry"}
+TITLED = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
 MODALITIES = ("image", "text")
 IMAGE_SIZE = 4_096
 TEXT_SIZE = 384
@@ -105,8 +106,8 @@ def read_amazon(
         log.info("Amazon %s: %s is missing, so there is no modality 'image'", name, images)
         wanted.discard("image")
     # Products give texts and titles; where texts are not asked for, titles are not worth an error.
-    reviews = _find(folder, f"reviews_{category}_5.json", name)
-    products = _find(folder, f"meta_{category}.json", name) if "text" in wanted else None
+    reviews = _find(folder, f"reviews_{category}_5.json")
+    products = _find(folder, f"meta_{category}.json") if "text" in wanted else None
 
     user_labels, item_labels, user_ids, item_ids = _read_reviews(reviews, name)
     asins = [str(label) for label in item_labels]
@@ -123,6 +124,34 @@ def read_amazon(
     return InteractionTable(
         f"amazon {name}", user_labels, item_labels, user_ids, item_ids, None, features, None, titles
     )
+
+
+def read_titles(
+    name: str, folder: Path
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """A set of Amazon 2014, 5-core, with every review as an interaction and the titles of the items.
+
+    Args:
+        name: "beauty", "toys" or "sports".
+        folder: Where the published files are; they may be unpacked.
+
+    Returns:
+        Labels of users; labels of items; the users and the items of the interactions, sorted by user and time; and the
+        titles, empty where none is known.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is malformed or there is no such set.
+    """
+    if name not in TITLED:
+        raise ValueError(f"Amazon 2014 has no set {name!r}: expected one of {', '.join(TITLED)}")
+    reviews = _find(folder, f"reviews_{TITLED[name]}_5.json")
+    products = _find(folder, f"meta_{TITLED[name]}.json")
+    user_labels, item_labels, user_ids, item_ids = _read_reviews(reviews, name)
+    asins = [str(label) for label in item_labels]
+    titles = _read_products(products, asins, name)[1]
+    named = ["" if title == asin else title for title, asin in zip(titles, asins, strict=True)]
+    return user_labels, item_labels, user_ids, item_ids, named
 
 
 def read_image_features(path: Path, asins: Sequence[str]) -> NDArray[np.float32]:
@@ -181,11 +210,11 @@ def _category(name: str) -> str:
     return CATEGORIES[name]
 
 
-def _find(folder: Path, file: str, name: str) -> Path:
+def _find(folder: Path, file: str) -> Path:
     for path in (folder / f"{file}.gz", folder / file):
         if path.is_file():
             return path
-    url = next(remote.url for remote in remote_files(name) if remote.name == f"{file}.gz")
+    url = f"{_URL}/categoryFiles/{file}.gz"
     raise FileNotFoundError(f"{folder} has no {file}.gz: put the file of {url} there, or its unpacked {file}")
 
 
