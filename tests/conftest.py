@@ -12,6 +12,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 os.environ.pop("ZOO_DEBUG", None)
 
+import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+
+    from tests.methods import Method
     from zoo.common.cli import ZooCLI
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +65,47 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., "ZooCL
         cli = train.main()
         assert cli is not None
         return cli
+
+    return call
+
+
+@pytest.fixture
+def first_step(run: Callable[..., "ZooCLI"], tmp_path: Path) -> Callable[..., "list[dict[str, torch.Tensor]]"]:
+    """`first_step("name", method, "--trainer.devices", "2")` returns the first step's gradients in each process."""
+    import torch
+
+    def call(name: str, method: "Method", *arguments: str) -> "list[dict[str, torch.Tensor]]":
+        folder = tmp_path / name
+        recorder = ("--trainer.callbacks+=tests.callbacks.GradientRecorder", f"--trainer.callbacks.folder={folder}")
+        # What comes after the step is not looked at.
+        only = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing=false")
+        run("fit", *method.command, *method.exact, *only, *recorder, *arguments)
+        return [torch.load(path, weights_only=True) for path in sorted(folder.iterdir())]
+
+    return call
+
+
+@pytest.fixture
+def full_first_step(
+    first_step: Callable[..., "list[dict[str, torch.Tensor]]"], tmp_path_factory: pytest.TempPathFactory
+) -> "Callable[[Method], dict[str, torch.Tensor]]":
+    """`full_first_step(method)` returns the gradients in one process at full precision, computed once for all tests."""
+    import torch
+    from filelock import FileLock
+
+    # The workers of pytest-xdist have a folder each, in one that is theirs together.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "first_steps"
+
+    def call(method: "Method") -> "dict[str, torch.Tensor]":
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{hashlib.sha256(repr((method.command, method.exact)).encode()).hexdigest()}.pt"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                (gradients,) = first_step("full", method)
+                torch.save(gradients, path)
+        found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+        return found
 
     return call
 

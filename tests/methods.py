@@ -124,6 +124,20 @@ def clips(model: str, *options: str) -> tuple[str, ...]:
     return ("--model", model, "--data", "VideoAudioData", *CLIPS, "--model.patch_size", "4", *options)
 
 
+TITLES = ("--data.sample_users", "32", "--data.sample_items", "120", "--trainer.limit_train_batches", "6")
+"""Six batches of 32 an epoch, of about 190 questions."""
+RECFORMER = ("--model.max_attr_length", "12", "--model.max_items", "3", "--model.max_tokens", "40")
+PROMPTS = ("--model.max_history", "2", "--model.max_title_tokens", "8", "--data.num_candidates", "20")
+TINY_DECODER = ("--model.backbone_options", "{hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32}")
+
+
+def reader(model: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a recommender that reads titles, of the room `text_attack`."""
+    retrieval = model == "RecFormerRec"
+    own = RECFORMER if retrieval else (*PROMPTS, "--data.mode", "yesno")
+    return ("--model", model, "--data", "TextRecData", *TITLES, *own, *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -201,6 +215,20 @@ METHODS = [
         figures=True,
     ),
     Method("ActionHead", clips("ActionHead", "--model.freeze_encoder", "false")),
+    Method("RecFormerRec", reader("RecFormerRec", "--model.mlm_weight", "0.1")),
+    Method(
+        "TextAttackModule",
+        ("--config", str(CONFIGS / "text_attack" / "demo.yaml")),
+        small=(
+            *(*TITLES, "--data.num_targets", "4", "--model.adaptive", "false"),
+            *("--model.victim_options", "{max_attr_length: 12, max_items: 3, max_tokens: 40}"),
+        ),
+        figures=True,
+        tables=True,
+    ),
+    Method("P5Rec", reader("P5Rec")),
+    Method("TALLRec", reader("TALLRec", "--model.max_tokens", "128", *TINY_DECODER)),
+    Method("CoLLMRec", reader("CoLLMRec", "--model.cf_size", "8", "--model.cf_epochs", "2", *TINY_DECODER)),
     Method(
         "MaskedLM",
         ("--model", "MaskedLM", "--data", "PassageData"),
@@ -301,6 +329,18 @@ VARIANTS = [
             ("one encoder", ("--model.loss", "infonce", "--model.share_encoder", "true", "--model.layer_decay", "0.7")),
         )
     ),
+    Method(
+        "RecFormerRec in two stages",
+        reader("RecFormerRec", "--model.objective", "full_softmax", "--model.two_stage", "true"),
+    ),
+    Method(
+        "TALLRec with adapters",
+        reader("TALLRec", "--model.max_tokens", "128", *TINY_DECODER, "--model.lora", "{r: 2, dropout: 0.0}"),
+    ),
+    Method(
+        "CoLLMRec's second stage",
+        reader("CoLLMRec", "--model.stage", "2", "--model.freeze_cf", "false", "--model.cf_size", "8", *TINY_DECODER),
+    ),
     Method("Surgery at every block", merging("RepresentationSurgery", "--model.depth", "all", "--model.rank", "4")),
     Method("Surgery without a cache", merging("RepresentationSurgery", "--model.cache_features", "false")),
 ]
@@ -329,6 +369,10 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
         *("--data.source", "embedded", "--data.path", "null", "--data.image_size", "32", "--data.num_pairs", "64"),
         *("--data.num_workers", "0"),
     ),
+    "TextRecData": (
+        *("--data.source", "embedded", "--data.keep_items", "null", "--data.keep_users", "null"),
+        *("--data.min_interactions", "null", "--data.sample_users", "60", "--data.num_targets", "3"),
+    ),
     "PassageData": ("--data.source", "embedded", "--data.sample_passages", "200", *CLOZE[2:]),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""
@@ -341,6 +385,8 @@ def embedded(data: Mapping[str, Any]) -> tuple[str, ...]:
         kind += " of pixels"
     return EMBEDDED[kind]
 
+
+SYNONYMS = ("--model.synonyms", str(Path(__file__).parent / "synonyms.tsv"))
 
 # Forty million weights say no more about a config than some thousand.
 _SMALL_BACKBONES = {"mtan": ("--model.backbone_options", "{filters: [4, 8, 8, 16, 16]}")}
@@ -355,6 +401,14 @@ def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
         return (*TINY_TEXT, *(("--model.export", "null") if model["class_path"] == "MaskedLM" else ()))
     if model["class_path"] in ("MixerMAE", "AVRetriever", "ActionHead"):
         return ("--model.encoder", "tiny", "--model.encoder_options", "null")
+    if model["class_path"] == "TextAttackModule":
+        # The networks of these recipes are on the hub, the synonyms in no repository.
+        own = SYNONYMS if settings.get("synonyms") else ()
+        if settings.get("masked_lm") or settings.get("rewrites"):
+            own = ("--model.recipe", "random", "--model.masked_lm", "null", "--model.rewrites", "null")
+        return (*own, "--model.similarity_encoder", "tfidf") if settings.get("similarity_encoder") else own
+    if model["class_path"] in ("RecFormerRec", "P5Rec", "TALLRec", "CoLLMRec"):
+        return ("--model.backbone", "tiny", *(("--model.lora", "null") if settings.get("lora") else ()))
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

@@ -11,25 +11,8 @@ from tests.methods import METHODS, UNTRAINED, VARIANTS, Method
 
 
 @pytest.mark.parametrize("method", [*METHODS, *VARIANTS], ids=lambda method: method.name)
-def test_bf16_mixed_is_close_to_fp32(run, tmp_path, method: Method):
-    def first_step(precision: str) -> dict[str, torch.Tensor]:
-        recorder = (
-            "--trainer.callbacks+=tests.callbacks.GradientRecorder",
-            f"--trainer.callbacks.folder={tmp_path / precision}",
-        )
-        run(
-            "fit",
-            *method.command,
-            *method.exact,
-            "--trainer.precision",
-            precision,
-            "--trainer.max_steps",
-            "1",
-            *recorder,
-        )
-        return torch.load(tmp_path / precision / "0.pt", weights_only=True)
-
-    full, half = first_step("32-true"), first_step("bf16-mixed")
+def test_bf16_mixed_is_close_to_fp32(first_step, full_first_step, method: Method):
+    full, (half,) = full_first_step(method), first_step("half", method, "--trainer.precision", "bf16-mixed")
     assert full.keys() == half.keys()
     flat = [torch.cat([gradients[name].flatten().double() for name in full]) for gradients in (full, half)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99

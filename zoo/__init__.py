@@ -77,6 +77,23 @@ if TYPE_CHECKING:
     from zoo.summary_mrc.module import SummaryMRC as SummaryMRC
     from zoo.summary_mrc.reader import GatedAttentionReader as GatedAttentionReader
     from zoo.summary_mrc.slot_scorer import MaskedSlotScorer as MaskedSlotScorer
+    from zoo.text_attack.attack import AttackResult as AttackResult
+    from zoo.text_attack.attack import TextAttack as TextAttack
+    from zoo.text_attack.attack_module import TextAttackModule as TextAttackModule
+    from zoo.text_attack.collm import CoLLMRec as CoLLMRec
+    from zoo.text_attack.defenses import SpellDefense as SpellDefense
+    from zoo.text_attack.detector import PerplexityDetector as PerplexityDetector
+    from zoo.text_attack.exposure import ExposureRate as ExposureRate
+    from zoo.text_attack.goals import ExposureGoal as ExposureGoal
+    from zoo.text_attack.goals import PropensityGoal as PropensityGoal
+    from zoo.text_attack.goals import SoftExposureGoal as SoftExposureGoal
+    from zoo.text_attack.p5 import P5Rec as P5Rec
+    from zoo.text_attack.recformer_rec import RecFormerRec as RecFormerRec
+    from zoo.text_attack.recipes import build_attack as build_attack
+    from zoo.text_attack.rewriting import LMRewriteDefense as LMRewriteDefense
+    from zoo.text_attack.stealth import TextStealth as TextStealth
+    from zoo.text_attack.tallrec import TALLRec as TALLRec
+    from zoo.text_attack.transfer import TransferStudy as TransferStudy
     from zoo.ticoserec.augment import TiAugmenter as TiAugmenter
     from zoo.ticoserec.augment import ViewPolicy as ViewPolicy
     from zoo.ticoserec.encoder import SASRecEncoder as SASRecEncoder
@@ -96,6 +113,7 @@ MODELS: dict[str, str] = {
     "BPRMF": "zoo.idsf.bprmf",
     "CL4SRec": "zoo.ticoserec.siblings",
     "ClozeScorer": "zoo.summary_mrc.cloze_scorer",
+    "CoLLMRec": "zoo.text_attack.collm",
     "CoSeRec": "zoo.ticoserec.siblings",
     "FREEDOM": "zoo.idsf.freedom",
     "GAReader": "zoo.summary_mrc.ga_reader",
@@ -106,11 +124,15 @@ MODELS: dict[str, str] = {
     "MergedClassifier": "zoo.merging.merged_classifier",
     "MixerMAE": "zoo.cmmixer.module",
     "MultiTaskModule": "zoo.adatask.module",
+    "P5Rec": "zoo.text_attack.p5",
     "Popularity": "zoo.ticoserec.popularity",
+    "RecFormerRec": "zoo.text_attack.recformer_rec",
     "RepresentationSurgery": "zoo.merging.representation_surgery",
     "SASRec": "zoo.ticoserec.sasrec",
     "SummaryMRC": "zoo.summary_mrc.module",
+    "TALLRec": "zoo.text_attack.tallrec",
     "TaskExperts": "zoo.merging.experts",
+    "TextAttackModule": "zoo.text_attack.attack_module",
     "TiCoSeRec": "zoo.ticoserec.module",
     "VBPR": "zoo.idsf.vbpr",
 }
@@ -118,6 +140,7 @@ MODELS: dict[str, str] = {
 
 PARTS: dict[str, str] = {
     "AdaTask": "zoo.adatask.optimizer",
+    "AttackResult": "zoo.text_attack.attack",
     "AttentionFusion": "zoo.idsf.attention",
     "BipartiteGraph": "zoo.idsf.graph",
     "ChoiceAccuracy": "zoo.summary_mrc.metrics",
@@ -127,32 +150,43 @@ PARTS: dict[str, str] = {
     "DebiasedCKA": "zoo.api_cl.similarity",
     "DeepSurgery": "zoo.merging.deep_surgery",
     "EntropyAdaptation": "zoo.merging.mixins",
+    "ExposureGoal": "zoo.text_attack.goals",
+    "ExposureRate": "zoo.text_attack.exposure",
     "FullRankingMetrics": "zoo.common.ranking",
     "GatedAttentionReader": "zoo.summary_mrc.reader",
     "HTTPAPI": "zoo.api_cl.http_box",
     "ItemSimilarity": "zoo.ticoserec.similarity",
+    "LMRewriteDefense": "zoo.text_attack.rewriting",
     "MTAdam": "zoo.adatask.mtadam",
     "MaskedAutoencoder": "zoo.cmmixer.masked_autoencoder",
     "MaskedSlotScorer": "zoo.summary_mrc.slot_scorer",
     "MergedModel": "zoo.merging.merged_model",
     "ModuleAPI": "zoo.api_cl.boxes",
     "NegativeSampler": "zoo.common.negatives",
+    "PerplexityDetector": "zoo.text_attack.detector",
+    "PropensityGoal": "zoo.text_attack.goals",
     "QueryLedger": "zoo.api_cl.ledger",
     "ReplayMemory": "zoo.api_cl.memory",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "SoftExposureGoal": "zoo.text_attack.goals",
     "SparseMatrix": "zoo.idsf.sparse",
+    "SpellDefense": "zoo.text_attack.defenses",
     "SummaryMatcher": "zoo.summary_mrc.matching",
     "SurgeryBank": "zoo.merging.surgery",
     "SurgeryModule": "zoo.merging.surgery",
     "TaskDominanceMonitor": "zoo.adatask.callbacks",
     "TaskGradMixin": "zoo.adatask.hooks",
     "TaskVectorStore": "zoo.merging.task_vectors",
+    "TextAttack": "zoo.text_attack.attack",
+    "TextStealth": "zoo.text_attack.stealth",
     "TiAugmenter": "zoo.ticoserec.augment",
     "Ties": "zoo.merging.transforms",
+    "TransferStudy": "zoo.text_attack.transfer",
     "ViTEncoder": "zoo.cmmixer.vit",
     "ViewPolicy": "zoo.ticoserec.augment",
     "ZerothOrderGradient": "zoo.api_cl.zeroth_order",
     "aggregator": "zoo.adatask.aggregators",
+    "build_attack": "zoo.text_attack.recipes",
     "dare_merge": "zoo.merging.one_shot",
     "delta_m": "zoo.adatask.delta_m",
     "fisher_merge": "zoo.merging.fisher",

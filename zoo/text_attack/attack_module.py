@@ -40,7 +40,8 @@ class TextAttackModule(RecommenderModule):
     Args:
         victim: Class of the victim: "RecFormerRec", "P5Rec", "TALLRec" or "CoLLMRec".
         victim_options: Its arguments.
-        victim_checkpoint: A checkpoint that `train.py --model <victim>` left, in place of training one here.
+        victim_checkpoint: A checkpoint that `train.py --model <victim>` left, in place of `victim` and its options, and of
+            training one here.
         num_items: Items of the catalogue, for victims that need the number.
         num_users: Users, for victims that need the number.
         recipe: "deepwordbug", "punc", "textfooler", "bae", "bertattack", "textbugger", "random", "trivial", "rewrite"
@@ -125,9 +126,8 @@ class TextAttackModule(RecommenderModule):
         # The others say how a test attacks, not what was trained: one checkpoint serves for every attack.
         self.save_hyperparameters("victim", "victim_options", "num_items", "num_users")
         if victim_checkpoint is not None:
-            if victim_options:
-                raise ValueError("victim_options are those of a fresh victim: leave them out with victim_checkpoint")
             self.victim = load_victim(victim_checkpoint)
+            log.info("%s of %s: victim and victim_options are not used", type(self.victim).__name__, victim_checkpoint)
         else:
             self.victim = build_victim(victim, victim_options or {}, num_items=num_items, num_users=num_users)
         self.answers_untrained = self.is_trained = victim_checkpoint is not None

@@ -141,7 +141,7 @@ def check_reads_titles(victim: TextRecVictim, users: Any) -> None:
     probe = ["Game of the year edition", "Xq zvw 7"]
     scores = victim.score(users, probe, torch.zeros(2, dtype=torch.int64))
     if torch.equal(scores[:, 0], scores[:, 1]):
-        prompt = getattr(victim, "prompt_name", None)
+        prompt = getattr(getattr(victim, "prompt", None), "name", None)
         raise ValueError(
             f"{type(victim).__name__} never reads the title{f' with prompt={prompt!r}' if prompt else ''}: two "
             "different titles have the same scores, so there is nothing to attack; choose a prompt that holds the title"

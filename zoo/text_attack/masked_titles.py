@@ -35,6 +35,7 @@ class MaskedTitles(nn.Module):
         # In a tuple it is no submodule: its weights are those of the recommender.
         self._network = (network,)
         self._starts: Tensor | None = None
+        self._tokenizer: Any = None
 
     def forward(self, sequence: ItemSequence, tokenizer: Any) -> Tensor:
         """The loss of a batch of sequences; 0 if no word was drawn."""
@@ -53,10 +54,11 @@ class MaskedTitles(nn.Module):
             The sequences with pieces replaced, and bool `(batch, length)`: which pieces are to be predicted.
         """
         ids = sequence.input_ids
-        if self._starts is None or self._starts.device != ids.device:
+        if self._starts is None or self._starts.device != ids.device or self._tokenizer is not tokenizer:
             size = self._network[0].encoder.get_input_embeddings().num_embeddings
             self._starts = torch.zeros(size, dtype=torch.bool, device=ids.device)
             self._starts[word_start_ids(tokenizer)] = True
+            self._tokenizer = tokenizer
         value = sequence.token_type_ids == 2
         # A word goes from a piece that starts one (or the first piece of a value) to the next such piece.
         before = F.pad(value[:, :-1], (1, 0))

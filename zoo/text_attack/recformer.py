@@ -119,11 +119,7 @@ class RecFormer(nn.Module):
         nn.init.normal_(self.item_positions.weight, std=config.initializer_range)
 
     def forward(self, sequence: ItemSequence, all_states: bool = False) -> Tensor:
-        """Vectors of sequences, `(batch, hidden_size)`; with `all_states` those of all tokens, `(batch, length, ...)`.
-
-        Raises:
-            ValueError: If a token is not in the vocabulary.
-        """
+        """Vectors of sequences, `(batch, hidden_size)`; with `all_states` of all tokens, `(batch, length, ...)`."""
         ids, mask = sequence.input_ids, sequence.attention_mask
         words = self.encoder.get_input_embeddings()(ids) + self.item_positions(sequence.item_position_ids)
         more: dict[str, Tensor] = {}
@@ -163,6 +159,8 @@ def _tiny(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if min(hidden_size, num_layers, num_heads) < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads})")
+    if window < 2 or window % 2:
+        raise ValueError(f"window must be even and at least 2, got {window}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
     library = transformers_library()

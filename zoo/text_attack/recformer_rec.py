@@ -98,7 +98,7 @@ class RecFormerRec(TextRecVictim):
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         if two_stage and objective != "full_softmax":
             raise ValueError("two_stage keeps the items' vectors of the best epoch: it needs objective='full_softmax'")
-        if objective == "full_softmax" and not num_items:
+        if objective == "full_softmax" and (num_items is None or num_items < 1):
             raise ValueError("objective='full_softmax' needs num_items, the size of the catalogue")
         for name, value in (("temperature", temperature), ("lr", lr)):
             if not value > 0:
@@ -117,6 +117,8 @@ class RecFormerRec(TextRecVictim):
         pad_id, size = 0, vocab_size
         if tokenizer != "train":
             pad_id, size = int(self.tokenizer.pad_token_id), len(self.tokenizer)
+            if mlm_weight and self.tokenizer.mask_token_id is None:
+                raise ValueError(f"mlm_weight needs a tokenizer with a mask token, that of {tokenizer} has none")
         self.recformer = RecFormer(backbone, backbone_options, size, max_items, max_tokens, pad_id)
         self.mlm_weight = mlm_weight
         self.masked_titles = MaskedTitles(self.recformer, mlm_probability) if mlm_weight else None
@@ -135,7 +137,16 @@ class RecFormerRec(TextRecVictim):
         self._key = tokenizer(ATTRIBUTE, add_special_tokens=False)["input_ids"]
 
     def read_titles(self) -> None:
-        """Cut the titles into tokens."""
+        """Cut the titles into tokens.
+
+        Raises:
+            ValueError: If nothing but the attribute's name fits into `max_attr_length`.
+        """
+        if len(self._key) >= self.max_attr_length:
+            raise ValueError(
+                f"max_attr_length is {self.max_attr_length}, but the attribute's name {ATTRIBUTE!r} takes "
+                f"{len(self._key)} tokens of it and leaves none to the titles: make it larger"
+            )
         self.title_ids, self.title_lengths = self._on_device(self.history_titles)
         own = self.item_titles
         same = own == self.history_titles
@@ -147,14 +158,12 @@ class RecFormerRec(TextRecVictim):
         return ids.to(self.device), lengths.to(self.device)
 
     def title_tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Tokens `(texts, max_attr_length)` of items with these titles, the attribute's name first, and their number.
-
-        All rows are equally wide, so that a title's vector does not depend on what else is scored.
-        """
+        """Tokens `(texts, max_attr_length)` of items with these titles, the attribute's name first, and how many."""
         rows = [[*self._key, *pieces][: self.max_attr_length] for pieces in self.pieces(texts)]
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         ids = torch.full((len(rows), self.max_attr_length), self.recformer.pad_id)
-        ids[torch.arange(self.max_attr_length) < lengths[:, None]] = torch.tensor([i for row in rows for i in row])
+        flat = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+        ids[torch.arange(self.max_attr_length) < lengths[:, None]] = flat
         return ids, lengths
 
     def readable(self, text: str) -> int:
@@ -179,8 +188,15 @@ class RecFormerRec(TextRecVictim):
         """Unit vectors `(batch, hidden_size)`, in float32 also under autocast."""
         return F.normalize(self.recformer(sequence).float(), dim=-1)
 
+    def _cosines(self, users: Tensor, items: Tensor) -> Tensor:
+        # In float32 also under autocast: rounded cosines tie.
+        with torch.autocast(self.device.type, enabled=False):
+            return users @ items.float().T
+
     def loss(self, batch: RecBatch) -> Tensor:
         """Cross-entropy of the next item; with `mlm_weight` also of masked words."""
+        # The weights are about to change.
+        self._item_vectors = None
         histories = self.history_sequences(batch.history)
         users = self.vectors(histories)
         if self.objective == "inbatch":
@@ -190,7 +206,7 @@ class RecFormerRec(TextRecVictim):
             loss = info_nce(users, items, self.temperature, gather_distributed=True, sample_ids=batch.item_ids)
         else:
             alone = None
-            loss = F.cross_entropy(users @ self.item_table.T / self.temperature, batch.item_ids)
+            loss = F.cross_entropy(self._cosines(users, self.item_table) / self.temperature, batch.item_ids)
         if self.masked_titles is not None:
             sequences = [histories] if alone is None else [histories, alone]
             masked = torch.stack([self.masked_titles(sequence, self.tokenizer) for sequence in sequences]).mean()
@@ -198,8 +214,16 @@ class RecFormerRec(TextRecVictim):
         return loss
 
     def begin_epoch(self) -> None:
-        """Compute the table of the items' vectors, unless the first stage is over."""
+        """Compute the table of the items' vectors, unless the first stage is over.
+
+        Raises:
+            ValueError: If `num_items` is not the size of the catalogue.
+        """
         if self.objective == "full_softmax" and (self.stages is None or not self.stages.frozen):
+            if len(self.item_table) != len(self.titles):
+                raise ValueError(
+                    f"num_items is {len(self.item_table)}, but the catalogue has {len(self.titles)} titles"
+                )
             self.item_table.copy_(self.encode_items())
 
     @torch.no_grad()
@@ -223,7 +247,7 @@ class RecFormerRec(TextRecVictim):
 
     def score(self, users: Tensor, texts: list[str], item_ids: Tensor | None = None) -> Tensor:
         """Cosines `(users, texts)`."""
-        return users @ self.encode_items(texts).T
+        return self._cosines(users, self.encode_items(texts))
 
     def item_vectors(self) -> Tensor:
         """`encode_items()`, kept until weights or titles change."""
@@ -251,7 +275,7 @@ class RecFormerRec(TextRecVictim):
 
     def catalogue_scores(self, batch: RecBatch) -> Tensor:
         """Scores `(users, items)` of the whole catalogue, `-inf` for what `mask_seen` leaves out."""
-        scores = self.user_state(batch) @ self.item_vectors().T
+        scores = self._cosines(self.user_state(batch), self.item_vectors())
         if self.mask_seen:
             # The item that is asked about stays, also where the user had it before; padding goes to one more column.
             own = scores.gather(1, batch.item_ids[:, None])

@@ -74,7 +74,9 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
     )["input_ids"]
-    forbidden = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    # Added tokens are not all special: some vocabularies add runs of blanks.
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    forbidden = special - {tokenizer.unk_token_id}
     for text, row in zip(texts, rows, strict=True):
         found = forbidden.intersection(row)
         if found:
@@ -128,6 +130,12 @@ def _loaded(name: str | Path) -> Any:
             f"the tokenizer of {name} cannot be read: {reason}. Give a folder with tokenizer.json, a hub id that is "
             "in reach, or 'train' for one that is learnt from the titles"
         ) from error
+    # Of a folder with a config and no vocabulary transformers makes a tokenizer that knows nothing.
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise FileNotFoundError(
+            f"the tokenizer of {name} has no vocabulary. Give a folder with tokenizer.json, or 'train' for one that is "
+            "learnt from the titles"
+        )
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of {name} is not a fast one (tokenizer.json): convert it first")
     if tokenizer.pad_token_id is None:

@@ -39,7 +39,8 @@ class TwoStage(nn.Module):
         self.patience = tuple(patience)
         self.best_network = copy.deepcopy(network).requires_grad_(False)
         self.register_buffer("best_table", table.clone())
-        self.register_buffer("best", torch.tensor(-torch.inf))
+        # As exact as the values: a rounded best would make the same value better than itself.
+        self.register_buffer("best", torch.tensor(-torch.inf, dtype=torch.float64))
         self.register_buffer("stage", torch.tensor(1))
         self.register_buffer("bad", torch.tensor(0))
 

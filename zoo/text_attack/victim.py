@@ -215,7 +215,13 @@ class TextRecVictim(RecommenderModule):
         Args:
             replaced: Titles by item id; None for the catalogue's own.
             in_history: Whether histories hold them as well.
+
+        Raises:
+            ValueError: If an item is not in the catalogue.
         """
+        unknown = [item for item in replaced or {} if not 0 <= item < len(self.titles)]
+        if unknown:
+            raise ValueError(f"items {unknown} are not in the catalogue, whose ids are 0..{len(self.titles) - 1}")
         self._replaced, self._replaced_in_history = dict(replaced or {}), in_history
         self._read()
 
