@@ -32,6 +32,7 @@ class Method:
         batch_size: Its batch size; two processes take half of it each.
         figures: Whether a run draws figures.
         tables: Whether a run logs text tables.
+        needs_users: Whether a prediction is about the users of a datamodule, and not about its batches alone.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     batch_size: int = 32
     figures: bool = False
     tables: bool = False
+    needs_users: bool = False
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -128,6 +130,9 @@ TITLES = ("--data.sample_users", "32", "--data.sample_items", "120", "--trainer.
 """Six batches of 32 an epoch, of about 190 questions."""
 RECFORMER = ("--model.max_attr_length", "12", "--model.max_items", "3", "--model.max_tokens", "40")
 PROMPTS = ("--model.max_history", "2", "--model.max_title_tokens", "8", "--data.num_candidates", "20")
+# What is masked is drawn by each process; the biases of keys have no gradient, but what rounding leaves of it, which a
+# low temperature multiplies.
+SOFT = ("--model.mlm_weight", "0", "--model.temperature", "1")
 TINY_DECODER = ("--model.backbone_options", "{hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32}")
 
 
@@ -215,16 +220,18 @@ METHODS = [
         figures=True,
     ),
     Method("ActionHead", clips("ActionHead", "--model.freeze_encoder", "false")),
-    Method("RecFormerRec", reader("RecFormerRec", "--model.mlm_weight", "0.1")),
+    Method("RecFormerRec", reader("RecFormerRec", "--model.mlm_weight", "0.1"), exact=SOFT),
     Method(
         "TextAttackModule",
         ("--config", str(CONFIGS / "text_attack" / "demo.yaml")),
         small=(
-            *(*TITLES, "--data.num_targets", "4", "--model.adaptive", "false"),
+            *(*TITLES, "--data.num_targets", "4", "--model.adaptive", "false", "--model.k", "40"),
             *("--model.victim_options", "{max_attr_length: 12, max_items: 3, max_tokens: 40}"),
         ),
+        exact=("--model.victim_options", "{max_attr_length: 12, max_items: 3, max_tokens: 40, temperature: 1.0}"),
         figures=True,
         tables=True,
+        needs_users=True,
     ),
     Method("P5Rec", reader("P5Rec")),
     Method("TALLRec", reader("TALLRec", "--model.max_tokens", "128", *TINY_DECODER)),
@@ -332,6 +339,7 @@ VARIANTS = [
     Method(
         "RecFormerRec in two stages",
         reader("RecFormerRec", "--model.objective", "full_softmax", "--model.two_stage", "true"),
+        exact=SOFT[2:],
     ),
     Method(
         "TALLRec with adapters",

@@ -357,18 +357,20 @@ class TextRecVictim(RecommenderModule):
         self._predictions.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the tokenizer, and what kind of victim this is."""
+        """Add the tokenizer, the catalogue's titles, and what kind of victim this is."""
         checkpoint["victim"] = type(self).__name__
+        checkpoint["titles"] = list(self.titles)
         if self._tokenizer is not None:
             checkpoint["tokenizer"] = tokenizer_text(self._tokenizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokenizer of the checkpoint."""
+        """Take the tokenizer of the checkpoint, and its titles where there are no others."""
         text = checkpoint.get("tokenizer")
         if text is not None:
             self.tokenizer = tokenizer_from_text(text)
-            if self.titles:
-                self._read()
+        self.titles = self.titles or list(checkpoint.get("titles") or [])
+        if self.titles and self._tokenizer is not None:
+            self._read()
 
 
 def decay_groups(parameters: Sequence[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

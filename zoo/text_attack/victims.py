@@ -56,7 +56,7 @@ def build_victim(name: str, options: Mapping[str, Any], **sizes: int | None) -> 
 
 
 def load_victim(path: str) -> TextRecVictim:
-    """The victim of a checkpoint, in evaluation mode.
+    """The victim of a checkpoint.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -70,4 +70,4 @@ def load_victim(path: str) -> TextRecVictim:
             f"{', '.join(VICTIMS)}"
         )
     victim: TextRecVictim = victim_class(name).load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    return victim.eval()
+    return victim

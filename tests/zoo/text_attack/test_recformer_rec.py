@@ -204,10 +204,11 @@ def test_kept_vectors_are_forgotten_when_titles_or_weights_change() -> None:
     model.put_titles({2: "Zelda Zelda"})
     assert not torch.equal(model.item_vectors()[2], first[2]) and torch.equal(model.item_vectors()[3], first[3])
     model.put_titles(None)
+    torch.testing.assert_close(model.item_vectors(), first)
     with torch.no_grad():
         model.recformer.item_positions.weight.mul_(2)
     model.loss(batch())
-    assert not torch.equal(model.item_vectors(), first)
+    assert (model.item_vectors() - first).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,6 @@ def test_a_run_trains_saves_loads_tests_and_predicts(data: TextRecData, tmp_path
         assert torch.equal(
             back.score(back.user_state(rows), data.titles), model.score(model.user_state(rows), data.titles)
         )
-    assert not back.training
 
     # 41 users in batches of 8: the last batch is of one user.
     found = trainer(tmp_path).test(back, data, verbose=False)[0]

@@ -76,6 +76,7 @@ def test_titles_read_in_inference_mode_serve_a_later_training() -> None:
     model = made()
     with torch.inference_mode():
         model.put_titles({1: "Halo"})
+    assert not model.item_ids.is_inference() and not model.title_lengths.is_inference()
     model.loss(batch()).backward()
 
 
