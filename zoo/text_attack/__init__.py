@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zoo.text_attack.constraints import EditDistance, ProtectedWords, SentenceSimilarity, Stopwords
     from zoo.text_attack.defenses import SpellDefense
     from zoo.text_attack.detector import PerplexityDetector
-    from zoo.text_attack.exposure import ExposureRate, exposure, thresholds, top_scores
+    from zoo.text_attack.exposure import ExposureRate, thresholds, top_scores
     from zoo.text_attack.goals import ExposureGoal, PropensityGoal, SoftExposureGoal, goal_function
     from zoo.text_attack.p5 import P5Rec
     from zoo.text_attack.recformer import RecFormer
@@ -63,7 +63,6 @@ _HOMES = {
     "TransferStudy": "transfer",
     "Words": "words",
     "build_attack": "recipes",
-    "exposure": "exposure",
     "goal_function": "goals",
     "load_victim": "victims",
     "summarise": "aggregate",
@@ -102,7 +101,6 @@ __all__ = [
     "TransferStudy",
     "Words",
     "build_attack",
-    "exposure",
     "goal_function",
     "load_victim",
     "summarise",

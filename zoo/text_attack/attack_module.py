@@ -40,8 +40,8 @@ class TextAttackModule(RecommenderModule):
     Args:
         victim: Class of the victim: "RecFormerRec", "P5Rec", "TALLRec" or "CoLLMRec".
         victim_options: Its arguments.
-        victim_checkpoint: A checkpoint that `train.py --model <victim>` left, in place of `victim` and its options, and of
-            training one here.
+        victim_checkpoint: A checkpoint that `train.py --model <victim>` left, in place of `victim` and its options, and
+            of training one here.
         num_items: Items of the catalogue, for victims that need the number.
         num_users: Users, for victims that need the number.
         recipe: "deepwordbug", "punc", "textfooler", "bae", "bertattack", "textbugger", "random", "trivial", "rewrite"
@@ -64,8 +64,8 @@ class TextAttackModule(RecommenderModule):
         part_of_speech: Tagger of "textfooler": "nltk", "wordnet", or None to leave that check out.
         rewrites: Of "rewrite": a file of lines `{"item_id": 3, "text": "..."}`, or a folder or hub id of a language
             model that writes them.
-        similarity_encoder: Of the recipes' similarity constraints: a folder or hub id; None to leave these out, which is
-            logged. "tfidf" is possible, but it compares letters and so forbids most edits of letters.
+        similarity_encoder: Of the recipes' similarity constraints: a folder or hub id; None to leave these out, which
+            is logged. "tfidf" is possible, but it compares letters and so forbids most edits of letters.
         sentence_encoder: Of the report's cosine: "tfidf", a folder or hub id; None for none.
         language_model: Of the report's perplexity: "ngram" (fitted on the catalogue), a folder or hub id; None for
             none.

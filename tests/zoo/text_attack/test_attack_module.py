@@ -86,7 +86,11 @@ def test_no_attack_changes_no_metric_at_all(tmp_path):
     metrics, results, _ = attacked(tmp_path, recipe="identity")
     assert all(result.original == result.perturbed for result in results)
     assert metrics["test/exposure/gain"] == 0 and metrics["test/lift"] == 1 and metrics["test/win_rate"] == 0
-    clean = {name: value for name, value in metrics.items() if name.count("/") == 1 and f"test/attacked/{name[5:]}" in metrics}
+    clean = {
+        name: value
+        for name, value in metrics.items()
+        if name.count("/") == 1 and f"test/attacked/{name[5:]}" in metrics
+    }
     assert {"test/ndcg@10", "test/recall@10", "test/mrr", "test/auc"} <= clean.keys()
     for name, value in clean.items():
         assert metrics[f"test/attacked/{name[5:]}"] == value and metrics[f"test/change/{name[5:]}"] == 0
@@ -126,7 +130,9 @@ def test_a_resumed_attack_writes_the_same_file_without_doing_targets_again(tmp_p
     asked = []
     search = model.attack.attack
     again = module()
-    monkeypatch.setattr(type(model.attack), "attack", lambda self, *a, **k: asked.append(k["item_id"]) or search(*a, **k))
+    monkeypatch.setattr(
+        type(model.attack), "attack", lambda self, *a, **k: asked.append(k["item_id"]) or search(*a, **k)
+    )
     attacked(tmp_path, again)
     assert path.read_bytes() == whole and len(asked) == 2
     assert [p.name for p in tmp_path.glob("attacks*")] == ["attacks.jsonl"]
@@ -196,9 +202,7 @@ def test_a_defence_that_restores_every_title_recovers_all_of_the_exposure(tmp_pa
 
 def test_an_adaptive_attack_searches_against_the_defence(tmp_path):
     # Edits of this defence's own making: it drops all hyphens, so that those of the attack do nothing.
-    metrics, _, _ = attacked(
-        tmp_path, recipe="punc", recipe_options={"marks": "-"}, defense="spell", adaptive=True
-    )
+    metrics, _, _ = attacked(tmp_path, recipe="punc", recipe_options={"marks": "-"}, defense="spell", adaptive=True)
     assert metrics["test/defended/adaptive/exposure/post"] <= metrics["test/exposure/post"]
     lines = (tmp_path / "attacks.adaptive.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["settings"]["defense"] == "spell" and len(lines) == 5
@@ -262,7 +266,9 @@ def test_a_pointwise_victim_is_attacked_by_propensity_and_reported_by_exposure_t
     for result in results:
         # By hand: the target against the same lists, without itself.
         scores = model.victim.score(view.users, [result.perturbed], torch.tensor([result.item_id]))
-        lists = torch.stack([torch.randperm(60, generator=g)[:20] for g in [torch.Generator().manual_seed(42)] for _ in range(12)])
+        lists = torch.stack(
+            [torch.randperm(60, generator=g)[:20] for g in [torch.Generator().manual_seed(42)] for _ in range(12)]
+        )
         others = model.victim.score_items(view.users, lists).masked_fill(lists == result.item_id, -torch.inf)
         tau = others.topk(5, dim=1).values[:, -1]
         assert result.exposure_post == pytest.approx(float(exposure(scores, tau)[0]))
