@@ -225,7 +225,17 @@ METHODS = [
         "TextAttackModule",
         ("--config", str(CONFIGS / "text_attack" / "demo.yaml")),
         small=(
-            *(*TITLES, "--data.num_targets", "4", "--model.adaptive", "false", "--model.k", "40"),
+            *(
+                *TITLES,
+                "--data.num_targets",
+                "4",
+                "--model.adaptive",
+                "false",
+                "--model.k",
+                "50",
+                "--data.sample_items",
+                "60",
+            ),
             *("--model.victim_options", "{max_attr_length: 12, max_items: 3, max_tokens: 40}"),
         ),
         exact=("--model.victim_options", "{max_attr_length: 12, max_items: 3, max_tokens: 40, temperature: 1.0}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,6 +36,15 @@ SIZES = replace(
     QUICK, anchors=150, items=60, width=16, k=8, titles=40, users=50, targets=3, prefix=40, tail=10, asked=4,
     candidates=3,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def levels_come_back():
+    """The benchmark silences the data module; other tests want to hear it."""
+    logger = logging.getLogger("datamodules")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
