@@ -10,7 +10,15 @@ import torch
 from zoo.common.artifacts import run_folder
 from zoo.text_attack.aggregate import summarise
 from zoo.text_attack.attack_log import AttackLog
-from zoo.text_attack.attack_options import AttackOptions, attack_of, defense_of, fingerprint, goal_of, results_file
+from zoo.text_attack.attack_options import (
+    LIST_LENGTHS,
+    AttackOptions,
+    attack_of,
+    defense_of,
+    fingerprint,
+    goal_of,
+    results_file,
+)
 from zoo.text_attack.attack_report import AttackReport
 from zoo.text_attack.attack_views import ExposureView, choose, rows_of
 from zoo.text_attack.perplexity import language_model as language_model_of
@@ -147,7 +155,7 @@ class TextAttackModule(RecommenderModule):
         self.goal = goal_of(goal, kind, k, ties, mask_seen, soft_temperature, delta)
         self.view_options: dict[str, Any] = {
             "anchor_share": anchor_share,
-            "k": k or {"retrieval": 50, "pointwise": 10}[kind],
+            "k": k or LIST_LENGTHS[kind],
             "ties": ties,
             "mask_seen": mask_seen,
             "num_candidates": num_candidates,
@@ -251,10 +259,10 @@ class TextAttackModule(RecommenderModule):
         self.encoder = None if encoder is None else sentence_encoder_of(encoder, titles)
         self.language_model = None if model is None else language_model_of(model, titles)
         self.view = ExposureView(self.victim, self.attack_users, **self.view_options)
-        similar = self.similarity_name
-        same = similar == encoder
-        constraint = self.encoder if same or similar is None else sentence_encoder_of(similar, titles)
-        self.attack = attack_of(self.options, None if similar is None else constraint)
+        similar = None if self.similarity_name is None else self.encoder
+        if self.similarity_name is not None and self.similarity_name != encoder:
+            similar = sentence_encoder_of(self.similarity_name, titles)
+        self.attack = attack_of(self.options, similar)
         self._own = []
         self.log_file = self.attack_log("attacks")
         self._done = {} if self.log_file is None else self.log_file.completed()

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 GOALS = ("auto", "exposure", "soft_exposure", "propensity")
 DEFENSES = ("spell", "rewrite")
+LIST_LENGTHS = {"retrieval": 50, "pointwise": 10}
+"""Items that a user is shown, by kind of victim, where nothing else is asked for."""
 UNKNOWN_IN_PARITY = "[UNK]"
 
 
@@ -103,7 +105,7 @@ def goal_of(
         raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {name!r}")
     if name == "auto":
         name = "exposure" if kind == "retrieval" else "propensity"
-    length = k or (50 if kind == "retrieval" else 10)
+    length = k or LIST_LENGTHS[kind]
     goal: Goal
     if name == "exposure":
         goal = ExposureGoal(length, delta, ties, mask_seen)  # type: ignore[arg-type]
