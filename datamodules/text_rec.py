@@ -87,6 +87,8 @@ class TextRecData(LightningDataModule):
         subset_seed: Of that shuffle.
         unescape_html: Whether HTML entities in titles become what they stand for.
         max_history: Longest history; the newest items are kept.
+        eval_users: Validation and test ask about so many users at most (or questions), drawn by `subset_seed`: for
+            victims that read a prompt for each item.
         num_candidates: Items to rank the held-out one against ("yesno" without ratings), the same in every run.
         targets: Items whose titles are attacked: "random", "cold" (drawn from the fifth with the fewest training
             interactions), "popular" (from the fifth with the most), or a list of item ids.
@@ -128,6 +130,7 @@ class TextRecData(LightningDataModule):
         subset_seed: int = 0,
         unescape_html: bool = True,
         max_history: int = 50,
+        eval_users: int | None = None,
         num_candidates: int = 99,
         targets: list[int] | str = "random",
         target_share: float = 0.01,
@@ -152,7 +155,8 @@ class TextRecData(LightningDataModule):
         self.category, self.sample_items, self.sample_users = category, sample_items, sample_users
         self.keep_items, self.min_interactions, self.keep_users = keep_items, min_interactions, keep_users
         self.subset_seed, self.unescape_html, self.max_history = subset_seed, unescape_html, max_history
-        self.num_candidates, self.targets, self.target_share = num_candidates, targets, target_share
+        self.eval_users, self.num_candidates = eval_users, num_candidates
+        self.targets, self.target_share = targets, target_share
         self.num_targets, self.target_seed = num_targets, target_seed
         self.shilling, self.shilling_share = shilling, shilling_share
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -177,6 +181,7 @@ class TextRecData(LightningDataModule):
             ("min_interactions", self.min_interactions, 1),
             ("keep_users", self.keep_users, 1),
             ("max_history", self.max_history, 1),
+            ("eval_users", self.eval_users, 1),
             ("num_candidates", self.num_candidates, 1),
             ("num_targets", self.num_targets, 1),
             ("batch_size", self.batch_size, 1),
@@ -314,6 +319,8 @@ class TextRecData(LightningDataModule):
                 path = Path(self.test_path)
                 other = read_test(self.corpus, path, self._columns, self.like_threshold, self.mode)
             rows = eval_rows(self.corpus, part, self.max_history, self.num_candidates if self._drawn else 0, other)
+            if self.eval_users is not None:
+                rows = rows.drawn(self.eval_users, self.subset_seed)
         self._parts[part] = rows
         return rows
 

@@ -272,6 +272,14 @@ class TextRecRows(Dataset[TextRecBatch]):
             user_ids, history, liked, item_ids, labels, self.candidate_ids[rows], torch.zeros_like(user_ids)
         )
 
+    def drawn(self, count: int, seed: int) -> TextRecRows:
+        """At most `count` of these rows, in their order, drawn by a seed."""
+        if count >= len(self):
+            return self
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        asked = Asked(*(values[chosen] for values in self.asked))
+        return TextRecRows(self.sequences, asked, self.max_history, self.candidate_ids[chosen], self.unseen)
+
     def by_length(self) -> Tensor:
         """Rows from the shortest history to the longest, int64 `(rows,)`: equal lengths need no padding."""
         return (self.asked.ends - self.asked.starts).clamp(max=self.max_history).argsort(stable=True)

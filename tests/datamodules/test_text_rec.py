@@ -412,3 +412,17 @@ def test_worker_processes_give_the_same_batches() -> None:
     plain, workers = (TextRecData(**options, num_workers=n).train_dataloader() for n in (0, 1))
     for own, other in zip(plain, workers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
+
+
+def test_evaluation_can_ask_about_a_few_users_who_keep_their_candidates() -> None:
+    options = {**SMALL, "mode": "yesno", "num_candidates": 5}
+    every, few = TextRecData(**options), TextRecData(**options, eval_users=7)
+    for part in ("val", "test"):
+        whole, drawn = every.whole(part), few.whole(part)
+        assert len(drawn.user_ids) == 7
+        rows = [whole.user_ids.tolist().index(user) for user in drawn.user_ids.tolist()]
+        assert rows == sorted(rows)
+        assert drawn.item_ids.equal(whole.item_ids[rows])
+        assert drawn.candidate_ids.equal(whole.candidate_ids[rows])
+    assert few.whole("train").item_ids.equal(every.whole("train").item_ids)
+    assert len(TextRecData(**options, eval_users=10**6).whole("test").user_ids) == len(every.whole("test").user_ids)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.common.checkpoints import load_checkpoint
 from zoo.common.schedules import WarmupCosine
 from zoo.text_attack.answer_scores import yes_probability
 from zoo.text_attack.matrix_factorisation import fit_matrix_factorisation, load_vectors
@@ -155,7 +156,7 @@ class CoLLMRec(DecoderRec):
         file = Path(path).expanduser()
         if not file.is_file():
             raise FileNotFoundError(f"init_from: {path} is not a file; give a checkpoint of CoLLMRec's stage 1")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(file)
         if checkpoint.get("victim") != type(self).__name__:
             raise ValueError(f"init_from: {path} is no checkpoint of CoLLMRec, but of {checkpoint.get('victim')}")
         # Vectors of a file of this run's own are not replaced.
