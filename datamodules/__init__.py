@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datamodules.classification_tasks import ClassificationTasksData  # noqa: F401
     from datamodules.cloze import ClozeData, ClozeRows, PairBatch, ReaderBatch, SeparateBatch, SlotBatch  # noqa: F401
     from datamodules.cloze_text import fill_placeholder  # noqa: F401
+    from datamodules.dialogue import DialogueData  # noqa: F401
+    from datamodules.dialogue_rows import DialogueBatch, emotion_targets  # noqa: F401
     from datamodules.image_tasks import ImageTaskData  # noqa: F401
     from datamodules.interaction import InteractionData  # noqa: F401
     from datamodules.interaction_rows import InteractionBatch, InteractionTable, RankingBatch  # noqa: F401
@@ -34,6 +36,7 @@ DATAMODULES: dict[str, str] = {
     "ClassStreamData": "datamodules.class_stream",
     "ClassificationTasksData": "datamodules.classification_tasks",
     "ClozeData": "datamodules.cloze",
+    "DialogueData": "datamodules.dialogue",
     "ImageTaskData": "datamodules.image_tasks",
     "InteractionData": "datamodules.interaction",
     "PassageData": "datamodules.passages",
@@ -47,6 +50,7 @@ DATAMODULES: dict[str, str] = {
 BATCHES: dict[str, str] = {
     "ClassificationBatch": "datamodules.classification_batches",
     "ClozeRows": "datamodules.cloze",
+    "DialogueBatch": "datamodules.dialogue_rows",
     "EvalBatch": "datamodules.class_stream_batches",
     "ImageTaskBatch": "datamodules.task_batches",
     "InteractionBatch": "datamodules.interaction_rows",
@@ -70,6 +74,7 @@ BATCHES: dict[str, str] = {
 PARTS: dict[str, str] = {
     "LogMel": "datamodules.sources.log_mel",
     "ShillingInjector": "datamodules.shilling",
+    "emotion_targets": "datamodules.dialogue_rows",
     "fill_placeholder": "datamodules.cloze_text",
 }
 """Parts for use in any project, and where each is defined."""

@@ -41,6 +41,17 @@ if TYPE_CHECKING:
     from zoo.common.contrastive import nt_xent as nt_xent
     from zoo.common.negatives import NegativeSampler as NegativeSampler
     from zoo.common.ranking import FullRankingMetrics as FullRankingMetrics
+    from zoo.eacm.decoder import EmotionDecoder as EmotionDecoder
+    from zoo.eacm.eacm import EACM as EACM
+    from zoo.eacm.eacm import EmoEmb as EmoEmb
+    from zoo.eacm.eacm import Seq2Seq as Seq2Seq
+    from zoo.eacm.emotion_metrics import EmotionMetrics as EmotionMetrics
+    from zoo.eacm.emotion_metrics import SelectorMetrics as SelectorMetrics
+    from zoo.eacm.lexicon import EmotionLexicon as EmotionLexicon
+    from zoo.eacm.reply_metrics import CorpusPerplexity as CorpusPerplexity
+    from zoo.eacm.reply_metrics import DialogueMetrics as DialogueMetrics
+    from zoo.eacm.selector import EmotionSelector as EmotionSelector
+    from zoo.eacm.tagger import EmotionTagger as EmotionTagger
     from zoo.idsf.attention import AttentionFusion as AttentionFusion
     from zoo.idsf.bm3 import BM3 as BM3
     from zoo.idsf.bprmf import BPRMF as BPRMF
@@ -115,6 +126,9 @@ MODELS: dict[str, str] = {
     "ClozeScorer": "zoo.summary_mrc.cloze_scorer",
     "CoLLMRec": "zoo.text_attack.collm",
     "CoSeRec": "zoo.ticoserec.siblings",
+    "EACM": "zoo.eacm.eacm",
+    "EmoEmb": "zoo.eacm.eacm",
+    "EmotionTagger": "zoo.eacm.tagger",
     "FREEDOM": "zoo.idsf.freedom",
     "GAReader": "zoo.summary_mrc.ga_reader",
     "IDSF": "zoo.idsf.module",
@@ -129,6 +143,7 @@ MODELS: dict[str, str] = {
     "RecFormerRec": "zoo.text_attack.recformer_rec",
     "RepresentationSurgery": "zoo.merging.representation_surgery",
     "SASRec": "zoo.ticoserec.sasrec",
+    "Seq2Seq": "zoo.eacm.eacm",
     "SummaryMRC": "zoo.summary_mrc.module",
     "TALLRec": "zoo.text_attack.tallrec",
     "TaskExperts": "zoo.merging.experts",
@@ -145,10 +160,16 @@ PARTS: dict[str, str] = {
     "BipartiteGraph": "zoo.idsf.graph",
     "ChoiceAccuracy": "zoo.summary_mrc.metrics",
     "ContinualMetrics": "zoo.api_cl.continual_metrics",
+    "CorpusPerplexity": "zoo.eacm.reply_metrics",
     "CrossModalMixer": "zoo.cmmixer.mixer",
     "CrossModalRetrieval": "zoo.cmmixer.metrics",
     "DebiasedCKA": "zoo.api_cl.similarity",
     "DeepSurgery": "zoo.merging.deep_surgery",
+    "DialogueMetrics": "zoo.eacm.reply_metrics",
+    "EmotionDecoder": "zoo.eacm.decoder",
+    "EmotionLexicon": "zoo.eacm.lexicon",
+    "EmotionMetrics": "zoo.eacm.emotion_metrics",
+    "EmotionSelector": "zoo.eacm.selector",
     "EntropyAdaptation": "zoo.merging.mixins",
     "ExposureGoal": "zoo.text_attack.goals",
     "ExposureRate": "zoo.text_attack.exposure",
@@ -168,6 +189,7 @@ PARTS: dict[str, str] = {
     "QueryLedger": "zoo.api_cl.ledger",
     "ReplayMemory": "zoo.api_cl.memory",
     "SASRecEncoder": "zoo.ticoserec.encoder",
+    "SelectorMetrics": "zoo.eacm.emotion_metrics",
     "SoftExposureGoal": "zoo.text_attack.goals",
     "SparseMatrix": "zoo.idsf.sparse",
     "SpellDefense": "zoo.text_attack.defenses",

@@ -17,6 +17,7 @@ from zoo.text_attack.prompts import ITEM_SLOT, USER_SLOT, collm_prompt, prompt_o
 from zoo.text_attack.tallrec import DecoderRec
 
 if TYPE_CHECKING:
+    from zoo.text_attack.pointwise import PromptUsers
     from zoo.text_attack.types import RecBatch
 
 LOSSES = ("bce_yes", "ce_two")
@@ -196,6 +197,20 @@ class CoLLMRec(DecoderRec):
             raise ValueError(
                 "stage 2 needs vectors of users and items: give cf_embeddings, or a datamodule with train_pairs"
             )
+
+    def user_state(self, batch: RecBatch) -> PromptUsers:
+        """Beginnings of the prompts of the users of a batch.
+
+        Raises:
+            ValueError: If stage 2 is asked about a user who has no vector.
+        """
+        unknown = int((batch.user_ids < 0).sum()) if self.reads_vectors else 0
+        if unknown:
+            raise ValueError(
+                f"{unknown} of {len(batch.user_ids)} users are not in the training data (test_path) and have no "
+                "vector: test stage 2 on users of the training, or use stage 1"
+            )
+        return super().user_state(batch)
 
     def inputs(self, ids: Tensor, user_ids: Tensor | None, item_ids: Tensor | None) -> dict[str, Tensor]:
         """Token vectors, with those of user and item in their places.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.text_attack.prompts import _SLOTS, Prompt, TokenTable
+from zoo.text_attack.tokenizers import forbidden_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +46,7 @@ class PieceEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._forbidden = frozenset(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        self._forbidden = forbidden_ids(tokenizer)
 
     def __call__(self, texts: Sequence[str], before: str = "") -> list[Piece]:
         """Tokens of texts.
@@ -187,8 +188,8 @@ class PromptTables:
         rows.append(self._constant(prompt.footer, context))
         self._before_tail = prompt.footer or context
         self._tails = len(rows)
-        asked = self.titles if item_titles is None else list(item_titles)
-        own_tails, _ = self._tail_rows(asked, torch.arange(len(asked)))
+        self.item_titles = self.titles if item_titles is None else list(item_titles)
+        own_tails, _ = self._tail_rows(self.item_titles, torch.arange(len(self.item_titles)))
         self.table = TokenTable.of([*rows, *own_tails])
         self._fixed_rows = len(self.table.lengths)
         self._num_users = 0
@@ -196,7 +197,7 @@ class PromptTables:
         self.reserve = len(blank[0]) + max_title_tokens + 2 + max(map(len, endings), default=0)
         fixed = [0, self._footer, *(places[kind] for places in self._lists for kind in ("start", "empty"))]
         self._fixed = sum(len(rows[row]) for row in fixed)
-        self._check_fit(self._fixed + (len(self._header(prompt.header.format(user=0))) if self._by_user else 0))
+        self._check_fit(self._fixed + (len(self._header(prompt.header.replace("{user}", "0"))) if self._by_user else 0))
 
     def _check_fit(self, fixed: int) -> None:
         if fixed + self.reserve > self.max_tokens:
@@ -240,7 +241,13 @@ class PromptTables:
 
     def _users(self, user_ids: Tensor) -> Tensor:
         """Rows of the headers of users; those of new users are made."""
-        needed = int(user_ids.max()) + 1 if len(user_ids) else 0
+        lowest, highest = (int(bound) for bound in torch.aminmax(user_ids)) if len(user_ids) else (0, -1)
+        if lowest < 0:
+            raise ValueError(
+                f"the prompt {self.prompt.name} holds {{user}}, and users of test_path who are not in the training "
+                "data have no number: test on others, or give a prompt whose header lacks {user}"
+            )
+        needed = highest + 1
         if needed > self._num_users:
             count = max(needed, 2 * self._num_users, _FEWEST_USERS)
             texts = [self.prompt.header.replace("{user}", str(user)) for user in range(self._num_users, count)]
@@ -266,6 +273,9 @@ class PromptTables:
 
         Returns:
             Pieces int64 `(batch, pieces)`, -1 for none; and how many titles of each history did not fit, `(batch,)`.
+
+        Raises:
+            ValueError: If the prompt holds the user's number and a user has none, or no title would fit behind it.
         """
         header = self._users(user_ids) if self._by_user else torch.zeros_like(user_ids)
         table = self.table
@@ -330,12 +340,15 @@ class PromptTables:
         draw = random.Random(0)
         differ = 0
         sample = [draw.randrange(len(self.titles)) for _ in range(4 * count)]
-        whole = self._tail_rows([self.titles[item] for item in sample], torch.tensor(sample))[1]
         # A title that is cut has other tokens than the whole title, as it should.
+        whole = [
+            self._tail_rows([titles[item] for item in sample], torch.tensor(sample))[1]
+            for titles in (self.titles, self.item_titles)
+        ]
         short = [
             item
-            for item, kept in zip(sample, whole, strict=True)
-            if kept == len(self.titles[item]) or not self.prompt.reads_title
+            for item, *kept in zip(sample, *whole, strict=True)
+            if kept == [len(self.titles[item]), len(self.item_titles[item])] or not self.prompt.reads_title
         ]
         if not short:
             return 0, 0
@@ -374,5 +387,5 @@ class PromptTables:
                 if self.prompt.mixed or like == (place == 0)
             ]
             out += part.start + (part.separator.join(titles) or part.empty) + part.end
-        tail = self.prompt.tail.replace("{title}", self.titles[item]).replace("{item}", str(item))
+        tail = self.prompt.tail.replace("{title}", self.item_titles[item]).replace("{item}", str(item))
         return out + self.prompt.footer + tail

@@ -74,15 +74,20 @@ def encode_plain(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     rows: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
     )["input_ids"]
-    # Added tokens are not all special: some vocabularies add runs of blanks.
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    forbidden = special - {tokenizer.unk_token_id}
+    forbidden = forbidden_ids(tokenizer)
     for text, row in zip(texts, rows, strict=True):
         found = forbidden.intersection(row)
         if found:
             names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(found))))
             raise ValueError(f"{text!r} yields the special token {names}: remove it from the text")
     return rows
+
+
+def forbidden_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens that no text may yield: all but the one for what is unknown."""
+    # Added tokens are not all special: some vocabularies add runs of blanks.
+    special = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(special) - {tokenizer.unk_token_id}
 
 
 def word_start_ids(tokenizer: Any) -> list[int]:
