@@ -349,7 +349,8 @@ class DialogueData(LightningDataModule):
         if stage in ("fit", "validate"):
             self._rows("val")
         else:
-            self._rows(stage)
+            # Stages are an enumeration, whose members print another name.
+            self._rows("test" if stage == "test" else "predict")
         return_memory()
 
     def _warn_of_absent(self) -> None:

@@ -143,6 +143,17 @@ def reader(model: str, *options: str) -> tuple[str, ...]:
     return ("--model", model, "--data", "TextRecData", *TITLES, *own, *options)
 
 
+DIALOGUES = ("--data.sample_pairs", "250", "--trainer.limit_train_batches", "6", "--model.max_length", "8")
+"""Six batches of 32 an epoch."""
+SMALL_STATES = ("--model.hidden_size", "16", "--model.embedding_size", "12", "--model.num_layers", "1")
+
+
+def talker(model: str, *options: str) -> tuple[str, ...]:
+    """Arguments of a short run of a module that replies to posts."""
+    rates = ("--model.optimizer", "adam", "--model.lr", "0.01")
+    return ("--model", model, "--data", "DialogueData", *DIALOGUES, *SMALL_STATES, *rates, *options)
+
+
 METHODS = [
     TOY,
     Method(
@@ -247,6 +258,19 @@ METHODS = [
     Method("TALLRec", reader("TALLRec", "--model.max_tokens", "128", *TINY_DECODER)),
     Method("CoLLMRec", reader("CoLLMRec", "--model.cf_size", "8", "--model.cf_epochs", "2", *TINY_DECODER)),
     Method(
+        "EACM",
+        ("--config", str(CONFIGS / "eacm" / "demo.yaml")),
+        small=(*DIALOGUES, *SMALL_STATES, "--model.emotion_size", "8"),
+        figures=True,
+        tables=True,
+    ),
+    Method(
+        "EmotionTagger",
+        ("--model", "EmotionTagger", "--data", "DialogueData"),
+        small=(*DIALOGUES[:4], "--model.hidden_size", "16", "--model.embedding_size", "12"),
+        exact=("--model.dropout", "0"),
+    ),
+    Method(
         "MaskedLM",
         ("--model", "MaskedLM", "--data", "PassageData"),
         small=("--data.sample_passages", "214", "--data.tokenizer", "words", "--data.max_length", "128", *TINY_TEXT),
@@ -255,6 +279,15 @@ METHODS = [
 """The toy comes first: where it fails, the battery is at fault and not a method."""
 
 VARIANTS = [
+    *(
+        Method(name, talker(name, "--model.emotion_size", "8", *more), figures=True, tables=True)
+        for name, more in (
+            ("Seq2Seq", ()),
+            ("EmoEmb", ("--model.cell", "torch")),
+            ("ECM", ("--model.memory_size", "8")),
+        )
+    ),
+    Method("SteeredLM", talker("SteeredLM", "--model.backbone_options", TINY_DECODER[1]), figures=True, tables=True),
     *(
         Method(name, ("--model", name, "--data", "SequenceData"), small=CONTRASTIVE, exact=NO_DROPOUT)
         for name in ("CoSeRec", "CL4SRec")
@@ -391,6 +424,10 @@ EMBEDDED: dict[str, tuple[str, ...]] = {
         *("--data.source", "embedded", "--data.keep_items", "null", "--data.keep_users", "null"),
         *("--data.min_interactions", "null", "--data.sample_users", "60", "--data.num_targets", "3"),
     ),
+    "DialogueData": (
+        *("--data.source", "embedded", "--data.keep_per_class", "null", "--data.eval_per_class", "null"),
+        *("--data.eval_from_train", "0", "--data.sample_pairs", "250", "--data.path", "null"),
+    ),
     "PassageData": ("--data.source", "embedded", "--data.sample_passages", "200", *CLOZE[2:]),
 }
 """For each data module, what puts its embedded sample in place of real data in a config."""
@@ -427,6 +464,8 @@ def shortened(model: Mapping[str, Any]) -> tuple[str, ...]:
         return (*own, "--model.similarity_encoder", "tfidf") if settings.get("similarity_encoder") else own
     if model["class_path"] in ("RecFormerRec", "P5Rec", "TALLRec", "CoLLMRec"):
         return ("--model.backbone", "tiny", *(("--model.lora", "null") if settings.get("lora") else ()))
+    if model["class_path"] == "SteeredLM":
+        return ("--model.backbone", "tiny")
     if model["class_path"] == "TaskExperts":
         return MERGING[4:6]
     if model["class_path"] in ("AdaMerging", "RepresentationSurgery"):

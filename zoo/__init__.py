@@ -45,12 +45,14 @@ if TYPE_CHECKING:
     from zoo.eacm.eacm import EACM as EACM
     from zoo.eacm.eacm import EmoEmb as EmoEmb
     from zoo.eacm.eacm import Seq2Seq as Seq2Seq
+    from zoo.eacm.ecm import ECM as ECM
     from zoo.eacm.emotion_metrics import EmotionMetrics as EmotionMetrics
     from zoo.eacm.emotion_metrics import SelectorMetrics as SelectorMetrics
     from zoo.eacm.lexicon import EmotionLexicon as EmotionLexicon
     from zoo.eacm.reply_metrics import CorpusPerplexity as CorpusPerplexity
     from zoo.eacm.reply_metrics import DialogueMetrics as DialogueMetrics
     from zoo.eacm.selector import EmotionSelector as EmotionSelector
+    from zoo.eacm.steered import SteeredLM as SteeredLM
     from zoo.eacm.tagger import EmotionTagger as EmotionTagger
     from zoo.idsf.attention import AttentionFusion as AttentionFusion
     from zoo.idsf.bm3 import BM3 as BM3
@@ -127,6 +129,7 @@ MODELS: dict[str, str] = {
     "CoLLMRec": "zoo.text_attack.collm",
     "CoSeRec": "zoo.ticoserec.siblings",
     "EACM": "zoo.eacm.eacm",
+    "ECM": "zoo.eacm.ecm",
     "EmoEmb": "zoo.eacm.eacm",
     "EmotionTagger": "zoo.eacm.tagger",
     "FREEDOM": "zoo.idsf.freedom",
@@ -144,6 +147,7 @@ MODELS: dict[str, str] = {
     "RepresentationSurgery": "zoo.merging.representation_surgery",
     "SASRec": "zoo.ticoserec.sasrec",
     "Seq2Seq": "zoo.eacm.eacm",
+    "SteeredLM": "zoo.eacm.steered",
     "SummaryMRC": "zoo.summary_mrc.module",
     "TALLRec": "zoo.text_attack.tallrec",
     "TaskExperts": "zoo.merging.experts",

@@ -7,14 +7,17 @@ import torch
 from datamodules import TargetBatch, TextRecBatch
 from datamodules.loading import Draw, keyed_ids
 from datamodules.text_rec_rows import (
+    Asked,
     Sequences,
     TargetRows,
+    TextCorpus,
     TextRecRows,
     UnseenItems,
     candidates,
     sequences_of,
     training_rows,
 )
+from datamodules.text_rec_split import choose_targets, eval_rows
 
 SEQUENCES = [[3, 1, 4], [0], [2, 6, 5, 3, 1, 0, 4], [], [7, 7, 2]]
 NUM_ITEMS = 9
@@ -164,3 +167,32 @@ def test_targets_come_with_their_titles() -> None:
     assert isinstance(batch, TargetBatch)
     assert (batch.item_ids.tolist(), batch.texts) == ([4], ["e"])
     assert len(rows) == 2
+
+
+def test_a_share_of_the_items_is_as_many_targets_as_it_says() -> None:
+    counts = torch.zeros(100, dtype=torch.int64)
+    # 0.29 * 100 is less than 29 in floating point.
+    assert len(choose_targets("random", 0.29, None, 1, counts)) == 29
+    assert len(choose_targets("random", 0.001, None, 1, counts)) == 1
+
+
+def test_drawn_rows_keep_their_own_candidates() -> None:
+    count = torch.arange(6)
+    rows = TextRecRows(
+        Sequences(count, count >= 0, torch.arange(7)), Asked(count, count + 1, count, count, count.float()), 3,
+        count[:, None] + 10,
+    )  # fmt: skip
+    batch = rows.drawn(3, 1).positives(torch.arange(3))
+    assert batch.candidate_ids[:, 0].tolist() == (batch.user_ids + 10).tolist()
+    assert batch.user_ids.tolist() != [0, 1, 2]
+
+
+def test_candidates_are_new_to_their_users_where_users_are_too_short_to_be_asked() -> None:
+    lists = [[0], [1, 2, 3, 4], [5], [6, 7, 8, 9]]
+    items = np.array([item for row in lists for item in row])
+    labels = [str(item) for item in range(10)]
+    corpus = TextCorpus("short", labels, labels, list("abcd"), items, np.cumsum([0, *map(len, lists)]))
+    batch = eval_rows(corpus, "test", 3, 6).positives(torch.arange(2))
+    assert batch.user_ids.tolist() == [1, 3]
+    for user, row in zip(batch.user_ids.tolist(), batch.candidate_ids.tolist(), strict=True):
+        assert sorted(row) == sorted(set(range(10)) - set(lists[user]))

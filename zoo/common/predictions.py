@@ -23,7 +23,8 @@ def external_labels(module: LightningModule, name: str) -> Callable[[int], str]:
         name: Attribute of the datamodule, such as "item_labels".
     """
     labels = getattr(getattr(module.trainer, "datamodule", None), name, None)
-    return str if labels is None else lambda index: str(labels[index])
+    # -1 is nobody, and not the last one.
+    return str if labels is None else lambda index: str(labels[index]) if index >= 0 else str(index)
 
 
 class PredictionFile:

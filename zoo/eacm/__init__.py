@@ -9,17 +9,20 @@ if TYPE_CHECKING:
     from zoo.eacm.decoder import EmotionDecoder
     from zoo.eacm.decoding import decode
     from zoo.eacm.eacm import EACM, EmoEmb, Seq2Seq
+    from zoo.eacm.ecm import ECM
     from zoo.eacm.emotion_metrics import EmotionMetrics, SelectorMetrics
     from zoo.eacm.lexicon import EmotionLexicon
     from zoo.eacm.pooling import SelfAttentionPooling
     from zoo.eacm.reply_metrics import CorpusPerplexity, DialogueMetrics
     from zoo.eacm.selector import EmotionSelector
+    from zoo.eacm.steered import SteeredLM
     from zoo.eacm.tagger import EmotionTagger
 
 _HOMES = {
     "CorpusPerplexity": "reply_metrics",
     "DialogueMetrics": "reply_metrics",
     "EACM": "eacm",
+    "ECM": "ecm",
     "EmoEmb": "eacm",
     "EmotionDecoder": "decoder",
     "EmotionLexicon": "lexicon",
@@ -29,10 +32,12 @@ _HOMES = {
     "SelectorMetrics": "emotion_metrics",
     "SelfAttentionPooling": "pooling",
     "Seq2Seq": "eacm",
+    "SteeredLM": "steered",
     "decode": "decoding",
 }
 __all__ = [
     "EACM",
+    "ECM",
     "CorpusPerplexity",
     "DialogueMetrics",
     "EmoEmb",
@@ -44,6 +49,7 @@ __all__ = [
     "SelectorMetrics",
     "SelfAttentionPooling",
     "Seq2Seq",
+    "SteeredLM",
     "decode",
 ]
 

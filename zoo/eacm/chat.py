@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.common.checkpoints import load_checkpoint, weights_mismatch
+from zoo.common.checkpoints import load_run_checkpoint, weights_mismatch
 from zoo.common.command import CommandParser
 from zoo.eacm.types import UNK_ID
 
@@ -41,16 +41,16 @@ Talk to a trained model: a post goes in; the reply, its emotion and the distribu
 """
 _HELP = """\
 Type a post, and the model replies. Commands:
-  /emotion NAME             reply with this emotion from now on
-  /emotion NAME=0.7 NAME=0.3  reply with a mixture
-  /emotion auto             let the model choose again
-  /all [POST]               replies to a post (the last one by default) under every emotion
-  /greedy                   the likeliest word at each step
-  /beam [5]                 search with so many hypotheses
-  /sample [0.8]             draw words, at a temperature
-  /context                  begin or stop to keep the turns so far as part of the post
-  /help                     this text
-  /quit                     leave; so does the end of input"""
+  /emotion NAME              reply with this emotion from now on
+  /emotion NAME=0.7 NAME=0.3 reply with a mixture
+  /emotion auto              let the model choose again
+  /all [POST]                replies to a post (the last one by default) under every emotion
+  /greedy                    the likeliest word at each step
+  /beam [5]                  search with so many hypotheses
+  /sample [0.8]              draw words, at a temperature (1 by default)
+  /context                   begin or stop to keep the turns so far as part of the post
+  /help                      this text
+  /quit                      leave; so does the end of input"""
 _SEPARATOR = "[SEP]"
 _WIDTH = 20
 """Columns of a bar."""
@@ -157,7 +157,8 @@ class Chat:
         tokenizer = self.module.vocabulary.post
         encoding = tokenizer.encode(text)
         separator = tokenizer.token_to_id(_SEPARATOR)
-        words = [place for place, token in enumerate(encoding.ids) if token != separator][-self.max_post_length :]
+        kept = range(len(encoding.ids))[-self.max_post_length :]
+        words = [place for place in kept if encoding.ids[place] != separator]
         unknown = [place for place in words if encoding.ids[place] == UNK_ID]
         if len(unknown) == len(words):
             return "The model knows no word of this post: try other words, as they are in its training data.", ""
@@ -289,7 +290,8 @@ class Chat:
         self._with_context = not self._with_context
         self._turns = []
         if self._with_context:
-            return f"From now on the turns so far, yours and the model's, are part of the post (the last {self.max_post_length} words)."
+            words = self.max_post_length
+            return f"From now on the post is all turns so far, yours and the model's (their last {words} words)."
         return "Each post stands alone."
 
     def _quit(self, rest: str) -> str:
@@ -316,7 +318,7 @@ def load_model(path: str, name: str | None = None) -> DialogueModule:
     Raises:
         ValueError: If there is no such file, it is of another class, or of no model that replies.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_run_checkpoint(path, resume=False)
     listed = ", ".join(MODELS)
     path_of_class = str(checkpoint.get("hyper_parameters", {}).get("_class_path", ""))
     found = checkpoint.get("dialogue_model") or path_of_class.rpartition(".")[2] or None

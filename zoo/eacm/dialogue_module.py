@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 REDUCTIONS = ("sequence", "token")
-EVALUATION = tuple(field.name for field in fields(EvaluationOptions))
+EVALUATION = tuple(field.name for field in fields(EvaluationOptions) if field.name != "max_length")
 """Arguments that say only how replies are made and judged: a checkpoint does not fix them."""
 Emotion = int | str | Sequence[float] | Tensor | None
 """What steers a reply: nothing (the model chooses), a class or its name, a distribution for all posts, a class for each
@@ -147,6 +147,7 @@ class DialogueModule(LightningModule):
         self.weight_decay, self.lr_decay = weight_decay, lr_decay
         self.vocabulary_: DialogueVocabulary | None = None
         self.perplexity = CorpusPerplexity()
+        head: Any = emotion_head
         # Logits of a softmax above 0 say nothing: the head decides which emotions count as chosen.
         head = cast("Head", emotion_head)
         self.selected = SelectorMetrics(num_emotions, head)
@@ -336,7 +337,8 @@ class DialogueModule(LightningModule):
         values = {"perplexity": self.perplexity.compute()}
         self.perplexity.reset()
         for side, metric in (("selector", self.selected), ("post_selector", self.selected_posts)):
-            if metric.update_called and bool(metric.has_rows()):
+            # Asked of all processes alike: one without a batch would leave the others waiting.
+            if bool(metric.has_rows()):
                 values |= {f"{side}/{name}": value for name, value in metric.compute().items()}
             metric.reset()
         for name, value in values.items():

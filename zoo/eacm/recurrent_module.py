@@ -45,15 +45,16 @@ def projected_nll(decoder: EmotionDecoder, outputs: Tensor, labels: Tensor, mask
     return losses.new_zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], losses)
 
 
-def decode_replies(model: Any, state: State, options: EvaluationOptions, device: torch.device) -> Replies:
+def decode_replies(model: Any, state: State, options: EvaluationOptions, keys: Tensor | None = None) -> Replies:
     """`decode` with the options of a module; PAD, UNK and GO are never said."""
+    device = next(iter(state.values())).device
     generator = torch.Generator(device).manual_seed(options.seed) if options.decoding == "sample" else None
     return decode(
         model, state, go_id=GO_ID, eos_id=EOS_ID, banned=(PAD_ID, UNK_ID, GO_ID), max_length=options.max_length,
         method=options.decoding, beam_size=options.beam_size if options.decoding == "beam" else 1,
         num_return=options.num_return, length_penalty=options.length_penalty,
         no_repeat_ngram=options.no_repeat_ngram, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p, generator=generator,
+        top_p=options.top_p, generator=generator, keys=keys if options.decoding == "sample" else None,
     )  # fmt: skip
 
 
@@ -79,25 +80,33 @@ class RecurrentDialogue(DialogueModule):
         raise NotImplementedError
 
     @torch.no_grad()
-    def generate(self, post_ids: Tensor, post_mask: Tensor, emotion: Tensor | None = None, **options: Any) -> Replies:
+    def generate(
+        self,
+        post_ids: Tensor,
+        post_mask: Tensor,
+        emotion: Tensor | None = None,
+        keys: Tensor | None = None,
+        **options: Any,
+    ) -> Replies:
         """Replies in ids.
 
         Args:
             post_ids: int64 `(posts, length)`, filled with 0 on the right.
             post_mask: bool `(posts, length)`.
             emotion: Distribution `(posts, num_emotions)` that steers them; None for a model that takes none.
+            keys: int64 `(posts,)`: what a sampled reply depends on beside the seed; by default the post's row.
             **options: In place of the module's own (see `DialogueModule`): `decoding`, `beam_size`, ...
         """
         chosen = self.options.changed(**options)
         with evaluation(self), torch.autocast(post_ids.device.type, enabled=False):
-            return decode_replies(self, self.first_state(post_ids, post_mask, emotion), chosen, post_ids.device)
+            return decode_replies(self, self.first_state(post_ids, post_mask, emotion), chosen, keys)
 
     @torch.no_grad()
     def answer(self, batch: Any, emotion: Emotion = None, **options: Any) -> Answers:
         """Replies to posts, in words; see `DialogueModule.answer`."""
         with evaluation(self), torch.autocast(batch.post_ids.device.type, enabled=False):
             steered = self.steering(batch, emotion)
-        replies = self.generate(batch.post_ids, batch.post_mask, steered, **options)
+        replies = self.generate(batch.post_ids, batch.post_mask, steered, getattr(batch, "keys", None), **options)
         tokens, lengths = replies.tokens.tolist(), replies.lengths.tolist()
         words = [
             [self.vocabulary.reply_words(own[:length]) for own, length in zip(rows, counts, strict=True)]

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from zoo.common.artifacts import log_figure, log_table
+from zoo.common.checkpoints import load_run_checkpoint
 from zoo.eacm.emotion_metrics import EmotionMetrics
 from zoo.eacm.lexicon import EmotionLexicon
 from zoo.eacm.reply_metrics import DialogueMetrics
@@ -34,8 +35,11 @@ def read_judge(path: str, label_names: Sequence[str], device: torch.device) -> E
     """A tagger from a checkpoint, in evaluation mode.
 
     Raises:
-        ValueError: If it knows other emotions, or is itself a model that replies.
+        ValueError: If there is no such file, it is no tagger's, or the tagger knows other emotions.
     """
+    weights = load_run_checkpoint(path, resume=False)["state_dict"]
+    if not {"classifier.weight", "pooling.score.weight"} <= weights.keys():
+        raise ValueError(f"judge: {path} is no checkpoint of an EmotionTagger: give the best.ckpt of its training")
     judge = EmotionTagger.load_from_checkpoint(path, map_location=device, weights_only=True)
     if judge.label_names != list(label_names):
         raise ValueError(

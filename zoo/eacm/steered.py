@@ -331,8 +331,7 @@ class SteeredLM(DialogueModule):
     def answer(self, batch: Any, emotion: Emotion = None, **options: Any) -> Answers:
         """Replies to posts, in words of the dialogue tokenizer; see `DialogueModule.answer`."""
         chosen = self.options.changed(**options)
-        device = batch.post_ids.device
-        with evaluation(self), torch.autocast(device.type, enabled=False):
+        with evaluation(self), torch.autocast(batch.post_ids.device.type, enabled=False):
             steered = self.steering(batch, emotion)
             ids, mask = self._posts(batch)
             if self.is_tiny and not self.is_seq2seq:

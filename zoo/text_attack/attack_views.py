@@ -37,7 +37,8 @@ def choose(count: int, share: float, seed: int) -> Tensor:
     if count < 1:
         raise ValueError("there is no user to attack for: the anchor set is empty")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(count, generator=generator)[: max(1, math.floor(share * count))].sort().values
+    wanted = max(1, math.floor(share * count + 1e-9))  # 0.29 * 100 is less than 29
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 class ExposureView:

@@ -112,7 +112,7 @@ class SpellDefense:
             return word
         plain = word.translate(_INNER_MARKS)
         if plain.lower() in self._counts:
-            return self._spelling(plain.lower(), plain)
+            return plain
         near = self._nearest(lower)
         return word if near is None else self._spelling(near, word)
 
@@ -124,9 +124,7 @@ class SpellDefense:
         return None if best is None else best[2]
 
     def _spelling(self, known: str, written: str) -> str:
-        """How to write a known word in place of what was written."""
-        if known == written.lower():
-            return written
+        """How to write a known word in place of another one that was written."""
         forms = self._spellings[known]
         choices = {*forms, _cased_like(known, written)}
         return min(choices, key=lambda form: (levenshtein(form, written), -forms[form], form))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ def widened(batch: Batch, by: int = 3) -> Batch:
         return torch.cat((x, x.new_zeros(len(x), by)), 1)
 
     names = ("post_ids", "post_mask", "reply_in", "reply_out", "reply_mask")
-    return batch._replace(**{name: wide(getattr(batch, name)) for name in names})
+    wider: dict[str, Any] = {name: wide(getattr(batch, name)) for name in names}
+    return batch._replace(**wider)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> Batch:

@@ -289,6 +289,27 @@ def test_beam_search_stops_as_soon_as_no_hypothesis_can_win() -> None:
     assert len(long.rows) > 5
 
 
+@pytest.mark.parametrize(
+    ("penalty", "shares", "later", "expected"),
+    [(1.0, (0.5, 0.1), (0.0, 1.0), [4] * 10), (-1.0, (0.1, 0.5), (1.0, 0.0), [4, EOS])],
+    ids=["the longest may win", "the next end may win"],
+)
+def test_beam_search_goes_on_while_any_length_may_still_win(
+    penalty: float, shares: tuple[float, float], later: tuple[float, float], expected: list[int]
+) -> None:
+    class Scripted:
+        """EOS and word 4 with given probabilities first, and with others later; the rest is banned words."""
+
+        def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+            end, word = shares if tokens[0] == GO else later
+            row = torch.tensor([1 - end - word, 0.0, end, 0.0, word]).clamp(min=1e-9)
+            return row.log().expand(len(tokens), 5), state
+
+    options = {"max_length": 10, "method": "beam", "beam_size": 2, "length_penalty": penalty}
+    replies = decode(Scripted(), {"post": torch.zeros(1)}, **SPECIAL, **options)
+    assert said(replies) == [expected]
+
+
 def test_what_a_model_never_changes_is_not_copied_when_hypotheses_change_places() -> None:
     model = Stub(9, eos=-50.0)
     run(model, [0, 1, 2], max_length=6, method="beam", beam_size=3)

@@ -367,3 +367,10 @@ def test_it_learns_to_say_the_words_of_the_emotion() -> None:
         answers = machine.answer(given, emotion=label).words
         assert all(row[0] == [said] for row in answers)
     assert float(machine.score_replies(given).nll.detach().mean()) < 0.1
+
+
+def test_a_row_without_an_emotion_has_no_words_though_the_first_class_has() -> None:
+    memory = ExternalMemory(2, 6, 3)
+    memory.emotion_words[0, 4:] = True
+    labels = memory.labels(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert memory.own(labels).sum(1).tolist() == [2, 0]

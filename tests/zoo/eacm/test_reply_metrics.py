@@ -240,6 +240,8 @@ def filled(rows: list[slice]) -> list[Metric]:
     replies, references = split(REPLIES + REFERENCES), split(REFERENCES + REPLIES)
     # A module's metrics are moved, which must not change what an empty state is sent as.
     metrics: list[Metric] = [metric.to("cpu") for metric in (perplexity, dialogue, emotions, selector)]
+    for metric in metrics:
+        metric.reset()
     for part in rows:
         perplexity.update(nll[part].sum(), len(nll[part]))
         dialogue.update(replies[part], references[part])

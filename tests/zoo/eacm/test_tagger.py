@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -299,3 +300,18 @@ def test_what_does_not_fit_the_tagger_is_an_error(tmp_path: Path) -> None:
         trainer(tmp_path).fit(small, datamodule=Data())
     with pytest.raises(FileNotFoundError, match="not a folder"):
         new_tagger(encoder=str(tmp_path / "none"))
+
+
+def test_a_checkpoint_brings_the_tokenizer_that_it_was_trained_with(tmp_path: Path, hub_folder: Path) -> None:
+    folder = shutil.copytree(hub_folder, tmp_path / "bert")
+    trained = new_tagger(encoder=str(folder))
+    checkpoint: dict[str, Any] = {}
+    trained.on_save_checkpoint(checkpoint)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"glad": content["model"]["vocab"]["cry"], "cry": content["model"]["vocab"]["glad"]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    loaded, texts = new_tagger(encoder=str(folder)), ["i am glad", "cry"]
+    assert not torch.equal(loaded.encode(texts, "reply")[0], trained.encode(texts, "reply")[0])
+    loaded.on_load_checkpoint(checkpoint)
+    ours, theirs = trained.encode(texts, "reply"), loaded.encode(texts, "reply")
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

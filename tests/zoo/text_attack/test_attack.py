@@ -54,6 +54,14 @@ def test_results_do_not_depend_on_the_score_batch() -> None:
         assert deepwordbug().attack(title, noise, item_id=item) == deepwordbug().attack(title, one_by_one, item_id=item)
 
 
+@pytest.mark.parametrize(("cache", "queries"), [(True, 6), (False, 7)], ids=["cache", "none"])
+def test_a_repeated_text_is_a_query_only_without_a_cache(cache: bool, queries: int) -> None:
+    attack = TextAttack(InsertMarks("-"), importance="delete", delta=None, cache=cache)
+    # The title, two times "Wii", and two candidates of each word.
+    result = attack.attack("Wii Wii", lambda texts: [0.0] * len(texts))
+    assert (result.n_queries, result.n_scored) == (queries, 7)
+
+
 def test_chance_differs_between_seeds_recipes_and_items() -> None:
     draws = {item_generator(*key).random() for key in ((1, "a", 1), (2, "a", 1), (1, "b", 1), (1, "a", 2))}
     assert len(draws) == 4

@@ -67,6 +67,15 @@ def test_the_file_holds_the_settings_and_then_the_results_in_order(path: Path) -
     assert AttackLog(path, SETTINGS).completed()[4] == attacked(4)
 
 
+def test_of_two_results_of_an_item_that_of_the_file_counts(path: Path) -> None:
+    run(path, ORDER)
+    finish(path)
+    other = attacked(4)
+    other.goal_post += 1
+    AttackLog(path, SETTINGS).append(other)
+    assert AttackLog(path, SETTINGS).completed()[4] == attacked(4)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stopped_after", range(6))
 def test_a_run_that_went_on_leaves_the_file_of_one_never_stopped(

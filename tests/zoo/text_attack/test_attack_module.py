@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from datamodules import TextRecData
 from zoo import AttackResult, RecFormerRec, TextAttackModule
+from zoo.text_attack.attack_views import choose
 from zoo.text_attack.exposure import exposure
 from zoo.text_attack.victims import load_victim
 
@@ -66,6 +67,13 @@ def test_the_search_sees_the_anchor_users_alone(tmp_path):
         assert goal([result.perturbed]).tolist() == [result.goal_post]
         tau = view.anchor_top.values
         assert len(tau) == 10
+
+
+def test_a_share_of_users_is_as_many_as_it_says():
+    counts = [(share, len(choose(count, share, 1))) for share, count in ((0.29, 100), (0.4, 7), (0.01, 5), (1.0, 6))]
+    assert counts == [(0.29, 29), (0.4, 2), (0.01, 1), (1.0, 6)]
+    rows = choose(50, 0.5, 1).tolist()
+    assert rows == sorted(set(rows)) and rows != choose(50, 0.5, 2).tolist()
 
 
 def test_an_attack_leaves_weights_titles_and_mode_as_they_were(tmp_path):

@@ -76,6 +76,15 @@ def test_an_items_vector_counts_in_stage_two_and_must_be_known() -> None:
     assert first.score(first.user_state(batch()), ["Mario"]).shape == (6, 1)
 
 
+def test_a_user_without_a_vector_is_refused_where_vectors_are_read() -> None:
+    rows = batch()._replace(user_ids=torch.tensor([0, 1, -1, 3, -1, 5]))
+    with pytest.raises(ValueError, match="2 of 6 users are not in the training data"):
+        make(2).user_state(rows)
+    first = make(1)
+    users = first.user_state(rows)
+    assert torch.equal(first.score(users, ["Mario"]), first.score(first.user_state(batch()), ["Mario"]))
+
+
 def test_vectors_are_learnt_when_training_begins_and_only_once() -> None:
     made = make(2, cf_epochs=2)
     pairs = torch.tensor([[0, 1], [1, 2], [2, 3]])
@@ -111,6 +120,14 @@ def test_stage_two_begins_with_the_decoder_and_the_tokenizer_of_stage_one(tmp_pa
     second = CoLLMRec(**SIZES, stage=2, vocab_size=400, backbone_options=sizes, init_from=str(tmp_path / "one.ckpt"))
     for name, value in second.decoder.state_dict().items():
         assert torch.equal(value, first.decoder.state_dict()[name])
+    assert not any(weight.requires_grad for weight in first.projection.parameters())
+    vectors = {"user_embeddings": torch.rand(NUM_USERS, 8), "item_embeddings": torch.rand(len(TITLES), 8)}
+    save_file(vectors, tmp_path / "own.safetensors")
+    own = CoLLMRec(
+        **SIZES, stage=2, vocab_size=400, backbone_options=sizes, init_from=str(tmp_path / "one.ckpt"),
+        cf_embeddings=str(tmp_path / "own.safetensors"),
+    )  # fmt: skip
+    assert torch.equal(own.cf_users, vectors["user_embeddings"]) and bool(own.cf_ready)
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     with pytest.raises(ValueError, match="do not fit"):
         CoLLMRec(**SIZES, stage=2, vocab_size=400, init_from=str(tmp_path / "one.ckpt"))

@@ -161,6 +161,16 @@ def test_similarity_is_that_of_the_metric_to_the_reference(options: dict[str, An
     assert check.accept(original, previous, candidates, 1) == [value >= 0.8 for value in expected]
 
 
+def test_the_least_similarity_itself_is_enough() -> None:
+    original = Words.of("0 0")
+    candidates = [original, original.replaced(1, "45")]
+    check = SentenceSimilarity(Angles(), 1.0, metric="cosine")
+    similarities = check.similarities(original, original, candidates, 1)
+    assert similarities is not None
+    check.min_similarity = float(similarities[1])
+    assert check.accept(original, original, candidates, 1) == [True, True]
+
+
 def test_a_window_compares_the_words_around_the_edit_alone() -> None:
     encoder = Angles()
     original = Words.of("10 20 30 40 50 60")

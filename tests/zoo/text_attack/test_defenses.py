@@ -173,3 +173,8 @@ def test_repair_undoes_single_letter_edits_of_long_words(defense):
             place = draw.randrange(1, 5)
             hurt.append(title[:place] + title[place + 1] + title[place] + title[place + 2 :])
         assert defense(hurt) == titles
+
+
+def test_of_spellings_that_are_equally_near_the_most_frequent_one_is_taken() -> None:
+    assert SpellDefense({"LEgo": 1, "leGO": 3})(["lEgOx"]) == ["leGO"]
+    assert SpellDefense({"LEgo": 3, "leGO": 1})(["lEgOx"]) == ["LEgo"]

@@ -90,6 +90,15 @@ def test_users_that_come_later_are_named_by_their_numbers() -> None:
     assert torch.equal(made.score(before, ["Mario"]), first)
 
 
+@pytest.mark.parametrize("users", [[0, 1, -1], [-1, -1, -1]], ids=["some", "all"])
+def test_a_user_without_a_number_is_refused_where_the_prompt_holds_it(users: list[int]) -> None:
+    rows = type(batch())(*(field[:3] for field in batch()))._replace(user_ids=torch.tensor(users))
+    with pytest.raises(ValueError, match=r"the prompt p5_history holds \{user\}.*have no number"):
+        victim(P5Rec).user_state(rows)
+    own = {"header": "A user had", "tail": " a good choice ? {title}", "liked": {"start": " these:"}}
+    assert victim(P5Rec, prompt=own).user_state(rows).pieces.shape[0] == 3
+
+
 def test_a_folder_of_save_pretrained_serves_as_backbone(tmp_path: Path) -> None:
     made = victim(P5Rec)
     made.t5.save_pretrained(tmp_path)

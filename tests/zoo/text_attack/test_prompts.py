@@ -86,6 +86,22 @@ def test_pieces_that_meet_inside_a_word_are_counted_in_a_warning(caplog: pytest.
     assert f"{differ} of {count} prompts have other tokens than their whole text" in caplog.text
 
 
+def test_attacked_titles_in_questions_alone_are_no_pieces_that_meet_inside_a_word() -> None:
+    attacked = [title.replace("a", "e") + " new" for title in TITLES]
+    made = tables(PROMPTS["alpaca"], item_titles=attacked)
+    assert made.check_joint() == (0, 64)
+    text = made.text(0, [2], [True], 3)
+    assert f'"{TITLES[2]}"' in text and f'"{attacked[3]}"' in text
+    # Those of the questions are compared only where they are not cut.
+    long = [f"{title} {'word ' * 30}" for title in TITLES]
+    assert tables(PROMPTS["alpaca"], item_titles=long).check_joint() == (0, 0)
+
+
+def test_braces_in_a_prompt_of_ones_own_are_text() -> None:
+    own = Prompt("own", header='{"user": {user}, "asks": true}', tail=" {title}")
+    assert read(tables(own), batch())[2].startswith('{"user": 2, "asks": true}')
+
+
 def test_long_histories_lose_their_oldest_titles_and_the_question_stays() -> None:
     prompt = alpaca_prompt()
     wide = tables(prompt)
@@ -163,6 +179,14 @@ def test_a_title_that_yields_a_special_token_all_the_same_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"'Mario </s>' yields the special token </s>"):
         PieceEncoder(Reads())(["Mario </s>"])
+
+
+def test_added_tokens_that_are_not_special_may_come_from_a_title() -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = build_tokenizer("train", TITLES, 300)
+    tokenizer.add_tokens([AddedToken("  ", special=False)])
+    assert 300 in PieceEncoder(tokenizer)(["two  blanks"], "a")[0].ids
 
 
 def test_a_prompt_of_ones_own_is_built_from_its_parts() -> None:
