@@ -52,7 +52,6 @@ class Sizes:
 
     Attributes:
         vocab_size: Words of posts, and of replies.
-        large_vocab_size: The same in a second training case.
         hidden_size: Of all states.
         num_layers: Of encoders and decoder.
         embedding_size: Of word vectors, and of the emotion vector.
@@ -64,7 +63,6 @@ class Sizes:
     """
 
     vocab_size: int = 10_000
-    large_vocab_size: int = 40_000
     hidden_size: int = 256
     num_layers: int = 2
     embedding_size: int = 200
@@ -76,7 +74,9 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(500, 1_000, 32, 2, 24, 4, 8, 8, 6, 3)
+SMALL = Sizes(3_500, 96, 1, 96, 4, 64, 20, 13, 5)
+"""The sizes of the study on EmoContext."""
+QUICK = Sizes(500, 32, 2, 24, 4, 8, 8, 6, 3)
 
 
 class Batch(NamedTuple):
@@ -208,11 +208,9 @@ def beam_cases(sizes: Sizes) -> list[Case]:
         f"sides, scores differ by {largest:.1e} at most; "
         "selector and encoder included, the model's step is the same; reference: one post after the other"
     )
-    name, ours = f"beam search, {sizes.batch} posts", timed(bench.ours)
-    return [
-        Case(name, ours, timed(bench.plain), 8, f"{note}, plain search"),
-        Case(f"{name}, our search", ours, timed(bench.ours_one_by_one), note=f"{note}, our search"),
-    ]
+    name, ours = f"beam search, {sizes.vocab_size:,} words", timed(bench.ours)
+    alone = Case(f"{name}, our search", ours, timed(bench.ours_one_by_one), note=f"{note}, our search")
+    return [Case(name, ours, timed(bench.plain), 8, f"{note}, plain search"), alone]
 
 
 # Training.
@@ -304,12 +302,8 @@ def difference_of_gradients(ours: EACM, plain: EACM) -> float:
 
 
 def training_cases(sizes: Sizes) -> list[Case]:
-    """Training steps with both numbers of words."""
-    return [training_case(sizes, sizes.vocab_size, 1.5), training_case(sizes, sizes.large_vocab_size)]
-
-
-def training_case(sizes: Sizes, vocab_size: int, required: float | None = None) -> Case:
     """Forward and backward of a batch."""
+    vocab_size = sizes.vocab_size
     batch = random_batch(sizes, vocab_size)
     ours, plain = new_model(sizes, vocab_size), stepwise_model(sizes, vocab_size)
     steps = step_of(ours, batch), step_of(plain, batch)
@@ -322,7 +316,7 @@ def training_case(sizes: Sizes, vocab_size: int, required: float | None = None) 
         f"forward and backward of the full loss; gradients differ by {largest:.1e} of their tensor's largest at most; "
         "selector and encoder are the same; reference: word, [word; context], emotion, logits and loss in each step"
     )
-    return Case(f"training step, {vocab_size:,} words", timed(steps[0]), timed(steps[1]), required, note)
+    return [Case(f"training step, {vocab_size:,} words", timed(steps[0]), timed(steps[1]), 1.5, note)]
 
 
 # Throughput.
@@ -348,7 +342,15 @@ def throughput_cases(sizes: Sizes) -> list[Case]:
         f"readout, {counts[0]:.1f} million weights; reference: nn.GRU twice and the output layer, {counts[1]:.1f} "
         "million"
     )
-    return [Case("EACM beside nn.GRU", timed(step_of(ours, batch, sgd(ours))), timed(reference), 0.5, note)]
+    return [
+        Case(
+            f"EACM beside nn.GRU, {sizes.vocab_size:,} words",
+            timed(step_of(ours, batch, sgd(ours))),
+            timed(reference),
+            0.5,
+            note,
+        )
+    ]
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -358,8 +360,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def cases_of(path: str, sizes: Sizes) -> list[Case]:
     """The cases of a path."""
-    makers = {"beam": beam_cases, "training": training_cases, "throughput": throughput_cases}
-    return makers[path](sizes)
+    return {"beam": beam_cases, "training": training_cases, "throughput": throughput_cases}[path](sizes)
 
 
 def measure(path: str, sizes: Sizes, threads: list[int], repeats: int) -> list[dict[str, Any]]:
@@ -388,9 +389,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--results", type=Path, help=f"folder of the JSON file, {RESULTS} for all paths in full size")
     options = parser.parse_args()
-    sizes, repeats = (QUICK if options.quick else FULL), options.repeats or (1 if options.quick else 3)
+    repeats = options.repeats or (1 if options.quick else 3)
+    every = (QUICK,) if options.quick else (FULL, SMALL)
     whole = not options.quick and set(options.paths) == set(PATHS)
-    records = [record for path in options.paths for record in measure(path, sizes, options.threads, repeats)]
+    records = [
+        record for path in options.paths for sizes in every for record in measure(path, sizes, options.threads, repeats)
+    ]
     with tempfile.TemporaryDirectory() as passing:
         folder = options.results or (RESULTS if whole else Path(passing))
         command = f"{COMMAND} --quick" if options.quick else COMMAND

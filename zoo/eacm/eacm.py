@@ -312,7 +312,7 @@ class Seq2Seq(EACM):
     def __init__(self, post_vocab_size: int, reply_vocab_size: int, num_emotions: int = 6, **options: Any) -> None:
         super().__init__(post_vocab_size, reply_vocab_size, num_emotions, emotion_source="none", **options)
         # No argument of this class: loading a checkpoint would hand it over.
-        del self.hparams["emotion_source"]
+        self.hparams.pop("emotion_source", None)
 
 
 class EmoEmb(EACM):
@@ -328,4 +328,4 @@ class EmoEmb(EACM):
     def __init__(self, post_vocab_size: int, reply_vocab_size: int, num_emotions: int = 6, **options: Any) -> None:
         super().__init__(post_vocab_size, reply_vocab_size, num_emotions, emotion_source="gold", **options)
         # No argument of this class: loading a checkpoint would hand it over.
-        del self.hparams["emotion_source"]
+        self.hparams.pop("emotion_source", None)
