@@ -15,6 +15,7 @@ from zoo.common.keyed_random import keyed_uniform
 from zoo.eacm.decoder import EmotionDecoder, Setting
 from zoo.eacm.dialogue_module import EVALUATION, Emotion
 from zoo.eacm.encoder import PostEncoder
+from zoo.eacm.gold import gold_shares, known_gold
 from zoo.eacm.recurrent_module import RecurrentDialogue, projected_nll
 from zoo.eacm.selector import EmotionSelector
 from zoo.eacm.types import Scored
@@ -197,11 +198,6 @@ class EACM(RecurrentDialogue):
 
     # The emotion.
 
-    def share_of_gold(self, batch: Any) -> Tensor:
-        """The true emotions as distributions `(batch, num_emotions)`: multi-hot for a sigmoid, shares for a softmax."""
-        gold: Tensor = batch.reply_emotion.float()
-        return gold if self.emotion_head == "sigmoid" else gold / gold.sum(-1, keepdim=True).clamp(min=1)
-
     def choose(self, post_ids: Tensor, post_mask: Tensor) -> tuple[Selection, Tensor]:
         """What the selector makes of posts, and the distribution that steers their replies."""
         assert self.selector is not None
@@ -227,12 +223,7 @@ class EACM(RecurrentDialogue):
             return asked
         if self.chooses_emotions:
             return self.choose(batch.post_ids, batch.post_mask)[1]
-        if not bool(batch.reply_emotion_known.all()):
-            raise ValueError(
-                "emotion_source='gold' replies with the true emotion, which these posts lack: pass emotion=, or use a "
-                "model that chooses ('auto')"
-            )
-        return self.share_of_gold(batch)
+        return known_gold(batch, self.emotion_head)
 
     def _emotion_vector(self, shares: Tensor | None) -> Tensor | None:
         if self.emotion_vectors is None or shares is None:
@@ -253,11 +244,11 @@ class EACM(RecurrentDialogue):
         if not self.takes_emotions:
             return None, None
         if not self.chooses_emotions:
-            return None, self.share_of_gold(batch)
+            return None, gold_shares(batch, self.emotion_head)
         selection, shares = self.choose(batch.post_ids, batch.post_mask)
         if self.training and self.gold_rate > 0:
             gold = (keyed_uniform(batch.keys) < self.gold_rate) & batch.reply_emotion_known
-            shares = torch.where(gold[:, None], self.share_of_gold(batch), shares)
+            shares = torch.where(gold[:, None], gold_shares(batch, self.emotion_head), shares)
         return selection, shares
 
     def score_replies(self, batch: Dialogues) -> Scored:
