@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.common.checkpoints import load_checkpoint
-from zoo.common.keyed_random import keyed_uniform
 from zoo.eacm.decoder import EmotionDecoder, Setting
-from zoo.eacm.dialogue_module import EVALUATION, Emotion
+from zoo.eacm.dialogue_module import EVALUATION
 from zoo.eacm.encoder import PostEncoder
-from zoo.eacm.gold import gold_shares, known_gold
 from zoo.eacm.recurrent_module import RecurrentDialogue, projected_nll
 from zoo.eacm.selector import EmotionSelector
+from zoo.eacm.steering import SelectorSteering
 from zoo.eacm.types import Scored
 from zoo.eacm.word_vectors import read_word_vectors
 
 if TYPE_CHECKING:
     from zoo.eacm.decoder import Decoded
     from zoo.eacm.decoding import State
-    from zoo.eacm.selector import Selection
     from zoo.eacm.types import Dialogues
 
 log = logging.getLogger(__name__)
@@ -34,7 +31,7 @@ TABLES = ("emotion", "semantic", "post", "reply")
 _READS = {"auto_nosem": "emotion", "auto_noemo": "semantic"}
 
 
-class EACM(RecurrentDialogue):
+class EACM(SelectorSteering, RecurrentDialogue):
     """Emotion-aware chat machine: reads how a post feels and what it says, chooses an emotion, and replies with it.
 
     The distribution `e` over emotions of an `EmotionSelector` becomes the emotion vector `V_e = e W_e`, a soft sum, so
@@ -198,33 +195,6 @@ class EACM(RecurrentDialogue):
 
     # The emotion.
 
-    def choose(self, post_ids: Tensor, post_mask: Tensor) -> tuple[Selection, Tensor]:
-        """What the selector makes of posts, and the distribution that steers their replies."""
-        assert self.selector is not None
-        selection = self.selector(post_ids, post_mask)
-        shares = self.selector.probabilities(selection.reply_logits)
-        if self.emotion_source == "hard":
-            shares = F.one_hot(shares.argmax(-1), self.num_emotions).to(shares)
-        return selection, shares
-
-    def steering(self, batch: Any, emotion: Emotion) -> Tensor | None:
-        """The distribution that steers replies: the one asked for, the chosen one, or the true one ("gold").
-
-        Raises:
-            ValueError: If an emotion is asked for and the model takes none, or it takes the true one, which is not
-                known.
-        """
-        if not self.takes_emotions:
-            if emotion is not None:
-                raise ValueError("emotion_source='none' replies without an emotion: leave emotion out")
-            return None
-        asked = self.distribution(emotion, len(batch.post_ids))
-        if asked is not None:
-            return asked
-        if self.chooses_emotions:
-            return self.choose(batch.post_ids, batch.post_mask)[1]
-        return known_gold(batch, self.emotion_head)
-
     def _emotion_vector(self, shares: Tensor | None) -> Tensor | None:
         if self.emotion_vectors is None or shares is None:
             return None
@@ -239,17 +209,6 @@ class EACM(RecurrentDialogue):
         setting = self.decoder.setting(memory, batch.post_mask, self._emotion_vector(shares))
         decoded: Decoded = self.decoder(batch.reply_in, states, setting)
         return decoded
-
-    def _steer(self, batch: Dialogues) -> tuple[Selection | None, Tensor | None]:
-        if not self.takes_emotions:
-            return None, None
-        if not self.chooses_emotions:
-            return None, gold_shares(batch, self.emotion_head)
-        selection, shares = self.choose(batch.post_ids, batch.post_mask)
-        if self.training and self.gold_rate > 0:
-            gold = (keyed_uniform(batch.keys) < self.gold_rate) & batch.reply_emotion_known
-            shares = torch.where(gold[:, None], gold_shares(batch, self.emotion_head), shares)
-        return selection, shares
 
     def score_replies(self, batch: Dialogues) -> Scored:
         """Likelihood of the batch's replies, with gradients."""

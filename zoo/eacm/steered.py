@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from zoo.common.evaluation import evaluation
-from zoo.common.keyed_random import keyed_uniform
 from zoo.common.pretrained import load_pretrained, transformers_library
 from zoo.eacm.backbones import (
     TINY,
@@ -25,20 +24,19 @@ from zoo.eacm.backbones import (
     tiny_backbone,
 )
 from zoo.eacm.dialogue_module import EVALUATION, DialogueModule, Emotion
-from zoo.eacm.gold import gold_shares, known_gold
 from zoo.eacm.likelihood import summed_nll
 from zoo.eacm.selector import EmotionSelector
+from zoo.eacm.steering import SelectorSteering
 from zoo.eacm.types import EOS_ID, GO_ID, PAD_ID, UNK_ID, Answers, Scored
 
 if TYPE_CHECKING:
     from zoo.eacm.evaluation_options import EvaluationOptions
-    from zoo.eacm.selector import Selection
     from zoo.eacm.types import Dialogues
 
 SOURCES = ("auto", "gold", "none")
 
 
-class SteeredLM(DialogueModule):
+class SteeredLM(SelectorSteering, DialogueModule):
     """A language model that replies with an emotion, chosen as by the EACM and put before the post as a soft prefix.
 
     The distribution `e` over emotions of an `EmotionSelector` becomes `e W`, `prefix_length` vectors of the network's
@@ -244,43 +242,6 @@ class SteeredLM(DialogueModule):
             return batch.post_ids, batch.post_mask
         ids, mask = self.tokenizer.posts(batch.post_text)
         return ids.to(self.device), mask.to(self.device)
-
-    # The emotion.
-
-    def choose(self, post_ids: Tensor, post_mask: Tensor) -> tuple[Selection, Tensor]:
-        """What the selector makes of posts in the dialogue's words, and the distribution that steers their replies."""
-        assert self.selector is not None
-        selection = self.selector(post_ids, post_mask)
-        return selection, self.selector.probabilities(selection.reply_logits)
-
-    def steering(self, batch: Any, emotion: Emotion) -> Tensor | None:
-        """The distribution that steers replies: the one asked for, the chosen one, or the true one ("gold").
-
-        Raises:
-            ValueError: If an emotion is asked for and the model takes none, or it takes the true one, which is not
-                known.
-        """
-        if not self.takes_emotions:
-            if emotion is not None:
-                raise ValueError("emotion_source='none' replies without an emotion: leave emotion out")
-            return None
-        asked = self.distribution(emotion, len(batch.post_ids))
-        if asked is not None:
-            return asked
-        if self.chooses_emotions:
-            return self.choose(batch.post_ids, batch.post_mask)[1]
-        return known_gold(batch, self.emotion_head)
-
-    def _steer(self, batch: Dialogues) -> tuple[Selection | None, Tensor | None]:
-        if not self.takes_emotions:
-            return None, None
-        if not self.chooses_emotions:
-            return None, gold_shares(batch, self.emotion_head)
-        selection, shares = self.choose(batch.post_ids, batch.post_mask)
-        if self.training and self.gold_rate > 0:
-            gold = (keyed_uniform(batch.keys) < self.gold_rate) & batch.reply_emotion_known
-            shares = torch.where(gold[:, None], gold_shares(batch, self.emotion_head), shares)
-        return selection, shares
 
     def _inputs(self, ids: Tensor, mask: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
         """Vectors `(batch, length, hidden size)` of the prefix and of tokens, and their mask."""
