@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,44 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.common.text_lines import read_lines
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
 
 _EXPECTED = "word vectors, one a line: word number number ..."
-
-
-def read_lines(path: Path, expected: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text that are not blank, with their numbers from 1.
-
-    Args:
-        path: A UTF-8 text, unpacked if its name ends in `.gz`.
-        expected: What the file should hold, for errors.
-
-    Yields:
-        Line number, and the line without its end.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is empty, damaged, or not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {'is not a file' if path.exists() else 'does not exist'}, expected {expected}")
-    number, empty = 0, True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    empty = False
-                    yield number, text
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}), expected {expected}") from error
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is truncated or no gzip file ({error}): copy it again") from error
-    if empty:
-        raise ValueError(f"{path} is empty, expected {expected}")
 
 
 def read_word_vectors(path: str | Path, words: Sequence[str], size: int | None = None) -> tuple[Tensor, Tensor]:

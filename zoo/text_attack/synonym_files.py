@@ -1,16 +1,15 @@
-"""Word lists as files: one reader for plain text and gzip, and the formats that synonyms come in."""
+"""Word lists as files: the formats that synonyms come in."""
 
 from __future__ import annotations
 
-import gzip
 import logging
 import re
-import zlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from zoo.common.text_lines import read_lines
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -18,39 +17,6 @@ log = logging.getLogger(__name__)
 Kind = Literal["user", "vectors", "pairs", "wordnet"]
 WORD = re.compile(r"\w+(?:['\u2019\-_*@]\w+)*")
 PARTS = {"n": "NOUN", "v": "VERB", "a": "ADJ", "s": "ADJ", "r": "ADV"}
-
-
-def read_lines(path: Path, expected: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text that are not blank, with their numbers from 1.
-
-    Args:
-        path: A UTF-8 text, unpacked if its name ends in `.gz`.
-        expected: What the file should hold, for errors.
-
-    Yields:
-        Line number, and the line without its end.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is empty, damaged, or not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} {'is not a file' if path.exists() else 'does not exist'}, expected {expected}")
-    empty = True
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    empty = False
-                    yield number, text
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}), expected {expected}") from error
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is truncated or no gzip file ({error}): copy it again") from error
-    if empty:
-        raise ValueError(f"{path} is empty, expected {expected}")
 
 
 def find_file(folder: Path, name: str) -> Path | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zoo.text_attack.synonym_files import read_lines
+from zoo.common.text_lines import read_lines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
