@@ -58,7 +58,8 @@ class Sizes:
         num_emotions: Of the selector.
         batch: Posts of a batch.
         post: Words of the longest post; the shortest has half of them.
-        reply: Words of a reply, and most words of one that is made.
+        reply: Words of the longest reply, and most words of one that is made.
+        reply_mean: Words of a reply in the mean, where their lengths differ.
         beam_size: Hypotheses of a post.
     """
 
@@ -71,12 +72,14 @@ class Sizes:
     post: int = 20
     reply: int = 20
     beam_size: int = 5
+    reply_mean: int = 13
 
 
 FULL = Sizes()
-SMALL = Sizes(3_500, 96, 1, 96, 4, 64, 20, 13, 5)
-"""The sizes of the study on EmoContext."""
-QUICK = Sizes(500, 32, 2, 24, 4, 8, 8, 6, 3)
+"""The published sizes; replies are as long as those of DailyDialog."""
+SMALL = Sizes(3_500, 96, 1, 96, 4, 64, 20, 13, 5, 5)
+"""The sizes of the study on EmoContext, and its replies' length."""
+QUICK = Sizes(500, 32, 2, 24, 4, 8, 8, 6, 3, 4)
 
 
 class Batch(NamedTuple):
@@ -96,8 +99,8 @@ class Batch(NamedTuple):
     reply_text: list[str]
 
 
-def random_batch(sizes: Sizes, vocab_size: int) -> Batch:
-    """Posts of different lengths and replies of full length, that end."""
+def random_batch(sizes: Sizes, vocab_size: int, full: bool = True) -> Batch:
+    """Posts of different lengths and replies that end: of full length, or around the mean with one of full length."""
     draw = torch.Generator().manual_seed(1)
     lengths = torch.randint((sizes.post + 1) // 2, sizes.post + 1, (sizes.batch,), generator=draw)
     lengths[0] = sizes.post
@@ -108,10 +111,16 @@ def random_batch(sizes: Sizes, vocab_size: int) -> Batch:
     kinds = torch.randint(0, sizes.num_emotions, (2, sizes.batch), generator=draw)
     emotions = torch.nn.functional.one_hot(kinds, sizes.num_emotions).float()
     known, texts = torch.ones(sizes.batch, dtype=torch.bool), [""] * sizes.batch
+    ends = torch.full((sizes.batch,), sizes.reply)
+    if not full:
+        apart = min(sizes.reply - sizes.reply_mean, sizes.reply_mean - 1)
+        ends = torch.randint(sizes.reply_mean - apart, sizes.reply_mean + apart + 1, ends.shape, generator=draw)
+        ends[0] = sizes.reply
+    said = torch.arange(sizes.reply) < ends[:, None]
+    reply_out = torch.cat((words, last), 1).scatter(1, ends[:, None] - 1, EOS_ID)
     return Batch(
-        posts, mask, torch.cat((first, words), 1), torch.cat((words, last), 1),
-        torch.ones(sizes.batch, sizes.reply, dtype=torch.bool), emotions[0], emotions[1], known, known,
-        torch.arange(sizes.batch), texts, texts,
+        posts, mask, torch.cat((first, words), 1) * said, reply_out * said, said, emotions[0], emotions[1], known,
+        known, torch.arange(sizes.batch), texts, texts,
     )  # fmt: skip
 
 
@@ -302,21 +311,29 @@ def difference_of_gradients(ours: EACM, plain: EACM) -> float:
 
 
 def training_cases(sizes: Sizes) -> list[Case]:
-    """Forward and backward of a batch."""
+    """Forward and backward of a batch, with replies of different and of the same length."""
+    return [training_case(sizes, full=False), training_case(sizes, full=True)]
+
+
+def training_case(sizes: Sizes, full: bool) -> Case:
+    """Forward and backward of a batch; 1.5x is asked for where replies have their usual lengths."""
     vocab_size = sizes.vocab_size
-    batch = random_batch(sizes, vocab_size)
+    batch = random_batch(sizes, vocab_size, full)
     ours, plain = new_model(sizes, vocab_size), stepwise_model(sizes, vocab_size)
     steps = step_of(ours, batch), step_of(plain, batch)
     losses = [step() for step in steps]
     largest = difference_of_gradients(ours, plain)
     if largest > TOLERANCE or abs(losses[0] - losses[1]) > TOLERANCE:
         raise RuntimeError(f"losses are {losses[0]} and {losses[1]}, gradients differ by {largest:.1e} at most")
+    mean = float(batch.reply_mask.sum() / sizes.batch)
     note = (
-        f"{sizes.batch} posts, replies of {sizes.reply} words, {sizes.num_layers} layers of {sizes.hidden_size}; "
-        f"forward and backward of the full loss; gradients differ by {largest:.1e} of their tensor's largest at most; "
-        "selector and encoder are the same; reference: word, [word; context], emotion, logits and loss in each step"
+        f"{sizes.batch} posts, replies of {mean:.1f} words in the mean, {sizes.reply} at most, {sizes.num_layers} "
+        f"layers of {sizes.hidden_size}; forward and backward of the full loss; gradients differ by {largest:.1e} of "
+        "their tensor's largest at most; selector and encoder are the same; reference: word, [word; context], emotion, "
+        "logits and loss in each step, of all replies until the longest ends"
     )
-    return [Case(f"training step, {vocab_size:,} words", timed(steps[0]), timed(steps[1]), 1.5, note)]
+    name = f"training step, {vocab_size:,} words" + (", replies without padding" if full else "")
+    return Case(name, timed(steps[0]), timed(steps[1]), None if full else 1.5, note)
 
 
 # Throughput.
@@ -364,13 +381,13 @@ def cases_of(path: str, sizes: Sizes) -> list[Case]:
 
 
 def measure(path: str, sizes: Sizes, threads: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Records of a path, those of training steps with their reply tokens per second."""
+    """Records of a path, those of the throughput with reply tokens per second."""
     records = []
     for case in cases_of(path, sizes):
         for count in threads:
             record = run_case(case, count, repeats)
             line = f"{case.name}, {count} thread(s): {record['cpu_ratio']:.1f}x"
-            if path != "beam":
+            if path == "throughput":
                 for side in ("ours", "reference"):
                     rate = sizes.batch * sizes.reply / record[f"{side}_wall_seconds"]
                     record[f"{side}_tokens_per_second"] = round(rate)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SIZES = replace(QUICK, vocab_size=60, hidden_size=16, embedding_size=10, batch=4, post=6, reply=5)
+SIZES = replace(QUICK, vocab_size=60, hidden_size=16, embedding_size=10, batch=4, post=6, reply=5, reply_mean=3)
 
 
 class Chain:
@@ -117,14 +117,26 @@ def test_a_reply_that_goes_on_after_the_other_is_not_the_same() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_both_decoders_have_the_same_loss_and_gradients(num_layers: int) -> None:
     sizes = replace(SIZES, num_layers=num_layers)
-    batch = random_batch(sizes, sizes.vocab_size)
-    mask = batch.reply_mask.clone()
-    mask[1, 3:] = False
-    batch = batch._replace(reply_mask=mask)
+    batch = random_batch(sizes, sizes.vocab_size, full=False)
+    assert batch.reply_mask.any(1).all()
+    assert not batch.reply_mask.all()
     ours, plain = new_model(sizes, sizes.vocab_size), stepwise_model(sizes, sizes.vocab_size)
     assert step_of(ours, batch)() == pytest.approx(step_of(plain, batch)(), abs=1e-5)
     assert set(gradients(ours)) == {name for name, _ in ours.named_parameters()}
     assert difference_of_gradients(ours, plain) < TOLERANCE
+
+
+def test_replies_of_different_lengths_end_once_and_are_padded_after_it() -> None:
+    sizes = replace(SIZES, batch=200, reply=9, reply_mean=4)
+    batch = random_batch(sizes, sizes.vocab_size, full=False)
+    lengths = batch.reply_mask.sum(1)
+    assert lengths[0] == 9
+    assert set(lengths[1:].tolist()) == set(range(1, 8))
+    assert batch.reply_out.eq(EOS_ID).sum(1).eq(1).all()
+    assert batch.reply_out.gather(1, lengths[:, None] - 1).eq(EOS_ID).all()
+    for tokens in (batch.reply_in, batch.reply_out):
+        assert tokens.ne(0).equal(batch.reply_mask)
+    assert random_batch(sizes, sizes.vocab_size).reply_mask.all()
 
 
 def test_gradients_that_differ_or_are_missing_are_seen() -> None:
@@ -175,6 +187,7 @@ def test_the_ratios_asked_for_stand_beside_their_cases() -> None:
         "beam search, 60 words": 8,
         "beam search, 60 words, our search": None,
         "training step, 60 words": 1.5,
+        "training step, 60 words, replies without padding": None,
         "EACM beside nn.GRU, 60 words": 0.5,
     }
 
@@ -188,7 +201,7 @@ def test_sides_that_find_different_things_are_not_timed(monkeypatch: pytest.Monk
         cases_of("training", SIZES)
 
 
-def test_records_of_training_steps_have_their_tokens_per_second() -> None:
+def test_records_of_the_throughput_have_its_tokens_per_second() -> None:
     [record] = measure("throughput", SIZES, [1], repeats=1)
     for side in ("ours", "reference"):
         assert record[f"{side}_tokens_per_second"] == round(20 / record[f"{side}_wall_seconds"])
@@ -212,7 +225,7 @@ def test_the_command_writes_one_file_for_all_paths(run: Callable[..., str], tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["benchmark.json"]
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert written["command"].endswith("--quick")
-    assert len(written["cases"]) == 4
+    assert len(written["cases"]) == 5
 
 
 def test_small_sizes_and_a_choice_of_paths_leave_no_file(

@@ -54,6 +54,6 @@ class EmotionAttention(nn.Module):
         Returns:
             The context `(batch, hidden_size)` and the weights, float32 `(batch, length)`.
         """
-        scores = self.score(torch.tanh(keys + self.query(states.flatten(1))[:, None])).squeeze(-1)
+        scores = self.score((keys + self.query(states.flatten(1))[:, None]).tanh_()).squeeze(-1)
         weights = masked_softmax(scores, mask)
         return torch.bmm(weights.to(memory.dtype)[:, None], memory).squeeze(1), weights

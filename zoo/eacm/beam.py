@@ -125,13 +125,14 @@ def best_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups <= 4 * count:
         largest: tuple[Tensor, Tensor] = values.topk(count)
         return largest
-    grouped = values[:, : groups * GROUP].view(rows, GROUP, groups)
-    chosen = grouped.amax(1).topk(count).indices[:, None].expand(rows, GROUP, count)
-    place = torch.arange(GROUP, device=values.device)[:, None] * groups
+    # Groups of neighbours: the maximum over the last dimension is several times faster than over another.
+    grouped = values[:, : groups * GROUP].view(rows, groups, GROUP)
+    chosen = grouped.amax(2).topk(count).indices[..., None].expand(rows, count, GROUP)
+    place = torch.arange(GROUP, device=values.device)
     rest = torch.arange(groups * GROUP, columns, device=values.device).expand(rows, -1)
-    candidates = torch.cat((grouped.gather(2, chosen).flatten(1), values[:, groups * GROUP :]), 1)
+    candidates = torch.cat((grouped.gather(1, chosen).flatten(1), values[:, groups * GROUP :]), 1)
     best, index = candidates.topk(count)
-    return best, torch.cat(((chosen + place).flatten(1), rest), 1).gather(1, index)
+    return best, torch.cat(((chosen * GROUP + place).flatten(1), rest), 1).gather(1, index)
 
 
 def take_rows(state: State, rows: Tensor, leave: AbstractSet[str] = frozenset()) -> State:

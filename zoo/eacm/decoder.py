@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.eacm.attention import EmotionAttention
 from zoo.eacm.cells import BiasedGRUCell, input_parts
+
+BLOCK = 8
+"""Replies leave the decoder's steps in groups of so many: each departure has its own cost."""
 
 
 class Setting(NamedTuple):
@@ -25,6 +29,14 @@ class Setting(NamedTuple):
     keys: Tensor
     mask: Tensor
     shift: Tensor | None
+
+    def rows(self, rows: Tensor) -> Setting:
+        """That of chosen rows, int64 `(n,)`."""
+        return Setting(*(None if part is None else part[rows] for part in self))
+
+    def first(self, count: int) -> Setting:
+        """That of the first rows."""
+        return Setting(*(None if part is None else part[:count] for part in self))
 
 
 class Decoded(NamedTuple):
@@ -138,24 +150,38 @@ class EmotionDecoder(nn.Module):
             parts = parts + (setting.shift if tokens.dim() == 1 else setting.shift[:, None])
         return parts
 
-    def forward(self, tokens: Tensor, states: Tensor, setting: Setting) -> Decoded:
+    def forward(self, tokens: Tensor, states: Tensor, setting: Setting, mask: Tensor | None = None) -> Decoded:
         """All steps of given replies.
 
         Args:
             tokens: int64 `(batch, reply length)`, each reply from GO on.
             states: `(batch, num_layers, hidden_size)`, the encoder's last.
             setting: See `setting`.
+            mask: bool `(batch, reply length)`, False on padding, which is on the right. Replies that have ended take no
+                part in further steps: outputs and weights are 0 on padding, or what padding makes of them. None if no
+                reply has any.
         """
         parts = self.parts_of(tokens, setting)
+        rows, length = tokens.shape
+        counts, order = [rows] * length, None
+        if mask is not None:
+            lengths = mask.sum(1)
+            counts = (lengths[:, None] > torch.arange(length, device=tokens.device)).sum(0).tolist()
+            # The longest first: those that go on are the first rows of all tensors.
+            order = lengths.argsort(descending=True, stable=True)
+            parts, states, setting = parts[order], states[order], setting.rows(order)
         context = self.first(states, setting)
-        tops, contexts, weights = [], [], []
-        for now in parts.unbind(1):
-            states, context, weight = self.step(now, states, context, setting)
-            tops.append(states[:, -1])
-            contexts.append(context)
-            weights.append(weight)
-        outputs = torch.cat((torch.stack(tops, 1), torch.stack(contexts, 1)), dim=-1)
-        return Decoded(outputs, torch.stack(weights, 1))
+        outputs, weights = [], []
+        for now, count in zip(parts.unbind(1), counts, strict=True):
+            going = min(-(-count // BLOCK) * BLOCK, len(context))
+            if going < len(context):
+                states, context, setting = states[:going], context[:going], setting.first(going)
+            states, context, weight = self.step(now[:going], states, context, setting)
+            ended = (0, 0, 0, rows - going)
+            outputs.append(F.pad(torch.cat((states[:, -1], context), dim=-1), ended))
+            weights.append(F.pad(weight, ended))
+        decoded = Decoded(torch.stack(outputs, 1), torch.stack(weights, 1))
+        return decoded if order is None else Decoded(*(part[order.argsort()] for part in decoded))
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits of words `(..., vocab_size)` from states and contexts `(..., 2 * hidden_size)`."""

@@ -207,7 +207,7 @@ class EACM(SelectorSteering, RecurrentDialogue):
         """The decoder over the batch's own replies, steered by a distribution `(batch, num_emotions)`."""
         memory, states = self.encoder(batch.post_ids, batch.post_mask)
         setting = self.decoder.setting(memory, batch.post_mask, self._emotion_vector(shares))
-        decoded: Decoded = self.decoder(batch.reply_in, states, setting)
+        decoded: Decoded = self.decoder(batch.reply_in, states, setting, batch.reply_mask)
         return decoded
 
     def score_replies(self, batch: Dialogues) -> Scored:

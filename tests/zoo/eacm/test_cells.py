@@ -6,7 +6,7 @@ from torch import Tensor
 
 from zoo.eacm.attention import EmotionAttention
 from zoo.eacm.cells import BiasedGRUCell, input_parts
-from zoo.eacm.decoder import EmotionDecoder
+from zoo.eacm.decoder import BLOCK, EmotionDecoder
 
 
 def reference(cell: BiasedGRUCell, parts: Tensor, state: Tensor) -> Tensor:
@@ -110,3 +110,29 @@ def test_a_decoder_is_its_steps_with_one_projection_each(layers: int, cell: str)
         context, _ = decoder.attention(states, memory, setting.keys, mask)
         now = decoder.vocabulary(decoder.readout(torch.cat((states[:, -1], context), -1)))
         torch.testing.assert_close(logits[:, place], now)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_replies_that_have_ended_take_no_part_and_change_nothing(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    decoder, rows = EmotionDecoder(11, 6, 8, 2, emotion_size=3 if biased else 0), 2 * BLOCK + 3
+    memory, post_mask = torch.randn(rows, 5, 8), torch.arange(5) < torch.randint(1, 6, (rows, 1))
+    tokens, mask = torch.randint(0, 11, (rows, 7)), torch.arange(7) < torch.randint(1, 6, (rows, 1))
+    mask[5] = torch.arange(7) < 6
+    states, emotion = torch.randn(rows, 2, 8), torch.randn(rows, 3) if biased else None
+    sizes = []
+    step = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda parts, *rest: sizes.append(len(parts)) or step(parts, *rest))
+    found = []
+    for given in (mask, None):
+        decoder.zero_grad()
+        inputs = [part.clone().requires_grad_() for part in (memory, states)]
+        outputs, weights = decoder(tokens, inputs[1], decoder.setting(inputs[0], post_mask, emotion), given)
+        (decoder.logits(outputs[mask]).square().sum() + (weights[mask] ** 2).sum()).backward()
+        found.append([outputs[mask], weights[mask], *(one.grad for one in (*inputs, *decoder.parameters()))])
+    assert sizes[0] == rows
+    assert 0 < sizes[5] <= BLOCK
+    assert sizes[6] == 0
+    assert sizes[7:] == [rows] * 7
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
