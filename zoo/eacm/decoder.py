@@ -32,11 +32,13 @@ class Setting(NamedTuple):
 
     def rows(self, rows: Tensor) -> Setting:
         """That of chosen rows, int64 `(n,)`."""
-        return Setting(*(None if part is None else part[rows] for part in self))
+        shift = None if self.shift is None else self.shift[rows]
+        return Setting(self.memory[rows], self.keys[rows], self.mask[rows], shift)
 
     def first(self, count: int) -> Setting:
         """That of the first rows."""
-        return Setting(*(None if part is None else part[:count] for part in self))
+        shift = None if self.shift is None else self.shift[:count]
+        return Setting(self.memory[:count], self.keys[:count], self.mask[:count], shift)
 
 
 class Decoded(NamedTuple):
