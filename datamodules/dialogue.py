@@ -88,6 +88,8 @@ class DialogueData(LightningDataModule):
         test_share: Share of the dialogues in the test slice; that of `val_share` by default, 0 for no slice.
         balance: "none"; "class": each training batch has one reply emotion, all equally likely (the paper); "mixed":
             that of each row is drawn. Emotions without a training pair are left out.
+        balance_power: Emotions are drawn in proportion to this power of their training pairs: 0 for all equally often,
+            1 as often as they are; 0.5 keeps frequent ones frequent, and rare ones do not vanish.
         bucket: Whether training batches have posts and replies of about one length.
         sample_pairs: Pairs of the embedded sample.
         batch_size: Training batch of one process.
@@ -124,6 +126,7 @@ class DialogueData(LightningDataModule):
         val_share: float = 0.1,
         test_share: float | None = None,
         balance: str = "none",
+        balance_power: float = 0.0,
         bucket: bool = True,
         sample_pairs: int = 2_000,
         batch_size: int = 64,
@@ -142,7 +145,7 @@ class DialogueData(LightningDataModule):
         self.share_vocab, self.min_count = share_vocab, min_count
         test_share = val_share if test_share is None else test_share
         self.rules = Rules(val_share, test_share, keep_per_class, eval_per_class, eval_from_train, subset_seed)
-        self.balance, self.bucket, self.sample_pairs = balance, bucket, sample_pairs
+        self.balance, self.balance_power, self.bucket, self.sample_pairs = balance, balance_power, bucket, sample_pairs
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -374,7 +377,9 @@ class DialogueData(LightningDataModule):
         self._warn_of_absent()
         classes, whole = rows.reply_labels.classes, self.balance == "class"
         seed = run_seed(self.seed)
-        sampler = BalancedSampler(classes, self.batch_size, whole_batches=whole, lengths=lengths, seed=seed)
+        sampler = BalancedSampler(
+            classes, self.batch_size, whole_batches=whole, power=self.balance_power, lengths=lengths, seed=seed
+        )
         if self.trainer is not None:
             follow(sampler, self.trainer)
         return self._loader(rows, sampler)

@@ -57,6 +57,10 @@ def check_options(data: DialogueData) -> None:
         ("eval_batch_size", data.eval_batch_size, 1),
         ("num_workers", data.num_workers, 0),
     )
+    if not 0 <= data.balance_power <= 1:
+        raise ValueError(f"balance_power must be from 0 to 1, got {data.balance_power}")
+    if data.balance_power and data.balance == "none":
+        raise ValueError(f"balance_power={data.balance_power} needs balance='mixed' or 'class'")
     if not 0 < rules.val_share < 1:
         raise ValueError(f"val_share must be between 0 and 1, got {rules.val_share}")
     if not 0 <= rules.test_share < 1:

@@ -1,4 +1,4 @@
-"""Training batches with as many rows of rare emotions as of frequent ones."""
+"""Training batches in which rare emotions are as frequent as others, or more frequent than in the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BalancedSampler(KeyedSampler):
-    """Whole batches in which every class that occurs is equally likely, with the guarantees of `KeyedSampler`.
+    """Whole batches in which rare classes are more likely than among the rows, with the guarantees of `KeyedSampler`.
 
     An epoch is as many full global batches as the rows fill, at least one. Rows of a class come in random order,
     each once before any comes again; so rare classes repeat in an epoch, and of frequent ones an epoch has a part.
@@ -25,6 +25,8 @@ class BalancedSampler(KeyedSampler):
         batch_size: Batch size of one process.
         whole_batches: Whether all rows of a global batch have one class, drawn for the batch; otherwise the class is
             drawn for each row.
+        power: A class is drawn in proportion to its number of rows to this power: 0 makes all that occur equally
+            likely, 1 leaves them as they are, 0.5 is between.
         lengths: int64 `(rows,)`. With them the rows of a batch have about one length; see `KeyedSampler`.
         seed: Key of the order.
         num_replicas: Number of processes; by default that of `torch.distributed`, or 1.
@@ -40,6 +42,7 @@ class BalancedSampler(KeyedSampler):
         batch_size: int,
         *,
         whole_batches: bool,
+        power: float = 0.0,
         lengths: Tensor | None = None,
         seed: int = 0,
         num_replicas: int | None = None,
@@ -56,6 +59,7 @@ class BalancedSampler(KeyedSampler):
             (classes == value).nonzero()[:, 0]
             for value in torch.bincount(classes[classes >= 0]).nonzero()[:, 0].tolist()
         ]
+        self.weights = torch.tensor([float(len(own)) for own in self._rows]) ** power
         self._global = self.num_replicas * batch_size
         self.size = max(1, rows // self._global) * self._global
         self.epoch_length = len(self)
@@ -63,7 +67,7 @@ class BalancedSampler(KeyedSampler):
     def _batches(self, key: int, first_batch: int) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(key)
         unit = self._global if self.whole_batches else 1
-        drawn = torch.randint(len(self._rows), (self.size // unit,), generator=generator)
+        drawn = torch.multinomial(self.weights, self.size // unit, replacement=True, generator=generator)
         order = torch.empty(len(drawn), unit, dtype=torch.int64)
         for place, rows in enumerate(self._rows):
             chosen = drawn == place

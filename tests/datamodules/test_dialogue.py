@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from datamodules import DialogueData
+from datamodules.dialogue_sampling import BalancedSampler
 from datamodules.sources.dialogue_sample import ANSWERS, FEELINGS, TOPICS, reply_emotion
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ def test_batches_of_one_class_have_one_reply_emotion() -> None:
         assert len(emotions) == 1
         seen |= emotions
     assert len(seen) > 1
+
+
+def test_the_power_of_balance_reaches_the_sampler() -> None:
+    data = DialogueData(**SMALL, balance="mixed", balance_power=1.0)
+    sampler = data.train_dataloader().sampler
+    assert isinstance(sampler, BalancedSampler)
+    assert sampler.weights.equal(data.emotion_counts[data.emotion_counts > 0].float())
+    assert data.emotion_counts.unique().numel() > 1
 
 
 @pytest.mark.parametrize("balance", ["none", "class", "mixed"])
@@ -236,6 +245,8 @@ def test_training_and_evaluation_keep_so_many_of_each_reply_emotion(tmp_path: Pa
     [
         ({"source": "nowhere"}, "source must be one of embedded, dailydialog"),
         ({"balance": "all"}, "balance must be one of none, class, mixed"),
+        ({"balance": "mixed", "balance_power": 1.5}, "balance_power must be from 0 to 1"),
+        ({"balance_power": 0.5}, "balance_power=0.5 needs balance"),
         ({"source": "tsv"}, "needs path"),
         ({"path": "x.csv"}, "say what it is in source"),
         ({"path": "x.tsv", "source": "embedded"}, "contradict each other"),

@@ -151,6 +151,18 @@ def test_mixed_batches_draw_the_class_of_each_row() -> None:
     assert any(len(set(CLASSES[batch.indices].tolist())) > 1 for batch in drawn(False))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_power_leaves_frequent_classes_frequent(power: float, whole: bool) -> None:
+    sampler, rows = BalancedSampler(CLASSES, 8, whole_batches=whole, power=power, seed=3), []
+    for epoch in range(120 if whole else 30):
+        sampler.set_epoch(epoch)
+        rows.extend(batch.indices for batch in sampler)
+    drawn_shares = torch.bincount(CLASSES[torch.cat(rows)], minlength=4) / (len(rows) * 8)
+    counts = torch.bincount(CLASSES[CLASSES >= 0], minlength=4).double() ** power * torch.tensor([1, 1, 0, 1])
+    torch.testing.assert_close(drawn_shares.double(), counts / counts.sum(), atol=0.06, rtol=0)
+
+
 def test_rows_of_a_class_repeat_only_after_all_of_them() -> None:
     rows = torch.cat([batch.indices for batch in drawn(True)])
     for value in (0, 1, 3):
