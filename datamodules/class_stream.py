@@ -21,7 +21,7 @@ from datamodules.class_stream_batches import (
     to_canonical,
 )
 from datamodules.class_stream_parts import StreamParts, split_classes
-from datamodules.loading import BatchLoader, KeyedSampler, follow, run_seed
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, follow, run_seed
 from datamodules.options import at_least
 from datamodules.sources.classification_sets import DigitSets, MemorySets, NpzSets
 from datamodules.sources.download import data_folder
@@ -44,7 +44,7 @@ _DIGIT_SIZE = 8
 log = logging.getLogger(__name__)
 
 
-class ClassStreamData(LightningDataModule):
+class ClassStreamData(LoaderMixin, LightningDataModule):
     """One labelled set as a stream of tasks with classes of their own.
 
     The training images of a task are private: they are for whom `private` hands them to, to train the service of the
@@ -340,7 +340,3 @@ class ClassStreamData(LightningDataModule):
         rows = [EvalRows(*self._parts.table(task, part)[:2]) for task in range(len(self.task_classes))]
         size = self.eval_batch_size
         return [self._loader(found, KeyedSampler(len(found), size), size) for found in rows]
-
-    def _loader(self, rows: StreamSteps | EvalRows, sampler: KeyedSampler, batch_size: int) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=batch_size, **workers)

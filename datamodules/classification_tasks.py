@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 
 from datamodules.classification_batches import ClassificationBatch
 from datamodules.classification_parts import Corruption, TaskParts
-from datamodules.loading import BatchLoader, KeyedSampler, run_seed
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, run_seed
 from datamodules.options import at_least, one_of
 from datamodules.sources.classification_sets import DIGIT_TASKS, EIGHT_TASKS, DigitSets, MemorySets, NpzSets
 from datamodules.sources.clip_prompts import clip_prompts
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-    from torch.utils.data import Dataset
     from typing_extensions import Self
 
     from datamodules.classification_parts import Part
@@ -48,7 +47,7 @@ PARTS = ("train", *TRAIN_PARTS, "validate", "test", "stream")
 log = logging.getLogger(__name__)
 
 
-class ClassificationTasksData(LightningDataModule):
+class ClassificationTasksData(LoaderMixin, LightningDataModule):
     """Several classification tasks on images of one size.
 
     A training batch is a dict by task of `ClassificationBatch`, `batch_size` images of each; for evaluation there is
@@ -370,10 +369,6 @@ class ClassificationTasksData(LightningDataModule):
         if stage in (None, "test", "predict"):
             for task in self.task_names:
                 self._part(task, "test")
-
-    def _loader(self, rows: Dataset[Any], sampler: KeyedSampler, batch_size: int) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=batch_size, **workers)
 
     def train_loader(
         self,

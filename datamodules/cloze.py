@@ -14,7 +14,7 @@ from datamodules.cloze_batches import PairBatch, ReaderBatch, SeparateBatch, Slo
 from datamodules.cloze_parts import check_same_options, distinct, split_by_article, training_texts
 from datamodules.cloze_rows import ClozeRows
 from datamodules.cloze_text import MODES
-from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least, one_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _SAMPLE_VALIDATION, _SAMPLE_TEST = 240, 600
 _WITHOUT_PASSAGE = ("summary_only", "option_only")
 
 
-class ClozeData(LightningDataModule):
+class ClozeData(LoaderMixin, LightningDataModule):
     """Passages, questions with one `@placeholder`, and K options for it, as token sequences.
 
     Args:
@@ -365,10 +365,6 @@ class ClozeData(LightningDataModule):
         )
         self._tokens[part] = tokens
         return tokens
-
-    def _loader(self, tokens: ClozeTokens, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(tokens, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

@@ -25,7 +25,7 @@ from datamodules.dialogue_rows import (
 from datamodules.dialogue_sampling import BalancedSampler
 from datamodules.dialogue_split import Pairs, Rules, Split, fewer, pairs_of, split
 from datamodules.dialogue_vocabulary import learn_tokenizer
-from datamodules.loading import BatchLoader, Draw, KeyedSampler, follow, run_seed, training_sampler
+from datamodules.loading import BatchLoader, Draw, KeyedSampler, LoaderMixin, follow, run_seed, training_sampler
 from datamodules.options import one_of
 from datamodules.sources.dialogue_files import read_file, read_posts
 from datamodules.sources.dialogue_sets import SETS, SEVEN, Parts, read_dailydialog, read_set
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 PARTS = ("train", "val", "test", "predict")
 
 
-class DialogueData(LightningDataModule):
+class DialogueData(LoaderMixin, LightningDataModule):
     """Posts and the replies to them, each side with its emotion where it is known.
 
     Every turn of a dialogue but the first is a reply, and the `context_turns` before it are its post, whose emotion is
@@ -362,10 +362,6 @@ class DialogueData(LightningDataModule):
             self._warned = True
             log.warning("%s: no training reply has the emotions %s: balance=%r leaves them out",
                         self._split.train.dialogues.name, ", ".join(absent), self.balance)  # fmt: skip
-
-    def _loader(self, rows: DialogueRows, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

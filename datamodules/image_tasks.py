@@ -11,7 +11,16 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import Dataset
 
-from datamodules.loading import BatchLoader, Draw, KeyedSampler, keyed_uniform, mix, run_seed, training_sampler
+from datamodules.loading import (
+    BatchLoader,
+    Draw,
+    KeyedSampler,
+    LoaderMixin,
+    keyed_uniform,
+    mix,
+    run_seed,
+    training_sampler,
+)
 from datamodules.sources.dense_transforms import apply_crop_zoom_flip, draw_crop_zoom_flip
 from datamodules.sources.download import data_folder
 from datamodules.sources.image_task_sets import (
@@ -79,7 +88,7 @@ class ImageTaskRows(Dataset[ImageTaskBatch]):
         return ImageTaskBatch(images, targets, masks, draw.indices)
 
 
-class ImageTaskData(LightningDataModule):
+class ImageTaskData(LoaderMixin, LightningDataModule):
     """Images with the labels of several tasks.
 
     Sources:
@@ -315,10 +324,6 @@ class ImageTaskData(LightningDataModule):
             found[name] = torch.zeros(size, dtype=torch.bool)
             found[name][order[:count]] = True
         return found
-
-    def _loader(self, rows: ImageTaskRows, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

@@ -23,7 +23,7 @@ from datamodules.interaction_rows import (
     UserSampler,
 )
 from datamodules.interaction_split import RULES, TEST, TRAIN, VALIDATION, assign_parts, cold_split, iterated_core
-from datamodules.loading import BatchLoader, KeyedSampler, follow, run_seed, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, follow, run_seed, training_sampler
 from datamodules.options import at_least, one_of
 from datamodules.sources.interaction_files import LAYOUTS, read_files
 from datamodules.sources.interaction_sets import SOURCES, read_set
@@ -32,7 +32,6 @@ from datamodules.sources.interactions import return_memory
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-    from torch.utils.data import Dataset
 
 __all__ = ["InteractionBatch", "InteractionData", "InteractionTable", "RankingBatch", "check_table"]
 
@@ -41,7 +40,7 @@ log = logging.getLogger(__name__)
 _STAGES = {"validate": VALIDATION, "test": TEST}
 
 
-class InteractionData(LightningDataModule):
+class InteractionData(LoaderMixin, LightningDataModule):
     """Pairs of users and items, and features of the items, in whole batches.
 
     Training takes pairs; the model draws its negatives from the keys of a batch. Evaluation ranks all items for every
@@ -351,10 +350,6 @@ class InteractionData(LightningDataModule):
             raise ValueError(f"{self.source}: no user has interactions both to train and to {stage}")
         candidates = torch.from_numpy(np.flatnonzero(self._cold_parts == part)) if self.cold_fraction else None
         return RankingRows(user_ids, targets, self.train_edges, self.num_users, candidates)
-
-    def _loader(self, rows: Dataset[Any], sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

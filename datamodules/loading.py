@@ -306,3 +306,15 @@ class BatchLoader(DataLoader[Any]):
         """Continue at the position of `state`."""
         self.sampler.set_epoch(state["epoch"])
         self._restored = (state["epoch"], state["batches"])
+
+
+class LoaderMixin:
+    """What data modules make their loaders with; they have `num_workers` and `pin_memory`."""
+
+    num_workers: int
+    pin_memory: bool
+
+    def _loader(self, rows: Dataset[Any], sampler: KeyedSampler, overfit_batch_size: int | None = None) -> BatchLoader:
+        size = sampler.batch_size if overfit_batch_size is None else overfit_batch_size
+        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        return BatchLoader(rows, sampler=sampler, overfit_batch_size=size, **workers)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least, one_of
 from datamodules.passage_pieces import PassageBatch, PassagePieces
 
@@ -55,7 +55,7 @@ def _with_questions(texts: _Texts, rows: ClozeRows) -> _Texts:
     return texts
 
 
-class PassageData(LightningDataModule):
+class PassageData(LoaderMixin, LightningDataModule):
     """Passages as masked token sequences.
 
     Reads the passages of the generated cloze questions (no file, no network), those of ReCAM (of all of its files, as
@@ -273,10 +273,6 @@ class PassageData(LightningDataModule):
                             self.source, pieces.left_out, len(texts.passages), part)  # fmt: skip
             self._pieces[part] = pieces
         return self._pieces[part]
-
-    def _loader(self, pieces: PassagePieces, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(pieces, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch, with new masks in every epoch."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least, one_of
 from datamodules.sequence_rows import HistoryRows, SequenceBatch, SequenceTable, TrainRows
 from datamodules.sources.interactions import (
@@ -33,7 +33,6 @@ from datamodules.sources.sequence_sets import ORDERS, SETS, read_set
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch.utils.data import Dataset
 
 __all__ = ["SequenceBatch", "SequenceData", "SequenceTable"]
 
@@ -43,7 +42,7 @@ SOURCES = ("embedded", *SETS, "files")
 UNIFORMITIES = ("train_times", "all_times", "file_order", "official")
 
 
-class SequenceData(LightningDataModule):
+class SequenceData(LoaderMixin, LightningDataModule):
     """Users' item sequences, split by leave-one-out, in whole batches.
 
     Of a user's items v_1..v_m, training takes v_1..v_{m-3} as input and v_2..v_{m-2} as targets; validation predicts
@@ -356,10 +355,6 @@ class SequenceData(LightningDataModule):
             self.max_length,
             self.mask_seen,
         )
-
-    def _loader(self, rows: Dataset[SequenceBatch], sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least
 from datamodules.sources.interactions import return_memory
 from datamodules.sources.task_sample import NUM_INPUTS, task_names, task_sample, tenths
@@ -43,7 +43,7 @@ class _Prepared(NamedTuple):
     tasks: list[dict[str, Any]]
 
 
-class TabularTaskData(LightningDataModule):
+class TabularTaskData(LoaderMixin, LightningDataModule):
     """Rows of a table with the labels of several tasks, in whole batches.
 
     Reads the embedded sample (no file, no network), known sets, and the user's own tables. Categories are coded from 1
@@ -379,10 +379,6 @@ class TabularTaskData(LightningDataModule):
         table = SETS[self.source].read(path, columns) if self.source in SETS else read_table(path, columns)
         parsed = parse(table, columns, {task["name"]: task["num_outputs"] for task in prepared.tasks})
         return TaskRows(task_tensors(parsed, prepared.encoding), torch.arange(len(parsed.numbers)))
-
-    def _loader(self, rows: TaskRows, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, Draw, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, Draw, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least, one_of
 from datamodules.shilling import GENERATORS, ShillingInjector
 from datamodules.sources.interactions import return_memory
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 SOURCES = ("embedded", *SETS, "recformer_json", "csv")
 
 
-class TextRecData(LightningDataModule):
+class TextRecData(LoaderMixin, LightningDataModule):
     """Users' histories over a catalogue of titles, and questions about items.
 
     In "sequence" mode every item but a user's first is a training sample: the history before it, and it as the next
@@ -374,10 +374,6 @@ class TextRecData(LightningDataModule):
         """Whether the model under the Trainer attacks titles."""
         module = getattr(self.trainer, "lightning_module", None)
         return bool(getattr(module, "attacks_items", False))
-
-    def _loader(self, rows: TextRecRows | TargetRows, sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule
 
-from datamodules.loading import BatchLoader, KeyedSampler, training_sampler
+from datamodules.loading import BatchLoader, KeyedSampler, LoaderMixin, training_sampler
 from datamodules.options import at_least, one_of
 from datamodules.sources.download import data_folder, default_folder
 from datamodules.video_audio_rows import PAIRINGS, VideoAudioBatch, compare_standardization
@@ -50,7 +50,7 @@ _BELONGS: dict[str, tuple[str, ...]] = {
 }
 
 
-class VideoAudioData(LightningDataModule):
+class VideoAudioData(LoaderMixin, LightningDataModule):
     """Clips of frames, and for each frame the log-mel picture of the sound around it.
 
     Sources:
@@ -352,10 +352,6 @@ class VideoAudioData(LightningDataModule):
         self._clips  # noqa: B018 - read on first use
         if stage in ("test", "predict"):
             self._test_rows  # noqa: B018 - read on first use
-
-    def _loader(self, rows: Dataset[VideoAudioBatch], sampler: KeyedSampler) -> BatchLoader:
-        workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)
 
     def train_dataloader(self) -> BatchLoader:
         """Full batches of training pairs in an order keyed by seed and epoch."""
