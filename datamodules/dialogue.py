@@ -90,7 +90,7 @@ class DialogueData(LoaderMixin, LightningDataModule):
             that of each row is drawn. Emotions without a training pair are left out.
         balance_power: Emotions are drawn in proportion to this power of their training pairs: 0 for all equally often,
             1 as often as they are; 0.5 keeps frequent ones frequent, and rare ones do not vanish.
-        bucket: Whether training batches have posts and replies of about one length.
+        bucketed: Whether training batches have posts and replies of about one length.
         sample_pairs: Pairs of the embedded sample.
         batch_size: Training batch of one process.
         eval_batch_size: Batch of one process in validation, test and prediction.
@@ -127,7 +127,7 @@ class DialogueData(LoaderMixin, LightningDataModule):
         test_share: float | None = None,
         balance: str = "none",
         balance_power: float = 0.0,
-        bucket: bool = True,
+        bucketed: bool = True,
         sample_pairs: int = 2_000,
         batch_size: int = 64,
         eval_batch_size: int = 128,
@@ -145,7 +145,8 @@ class DialogueData(LoaderMixin, LightningDataModule):
         self.share_vocab, self.min_count = share_vocab, min_count
         test_share = val_share if test_share is None else test_share
         self.rules = Rules(val_share, test_share, keep_per_class, eval_per_class, eval_from_train, subset_seed)
-        self.balance, self.balance_power, self.bucket, self.sample_pairs = balance, balance_power, bucket, sample_pairs
+        self.balance, self.balance_power, self.bucketed = balance, balance_power, bucketed
+        self.sample_pairs = sample_pairs
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -366,7 +367,7 @@ class DialogueData(LoaderMixin, LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""
         rows = self._rows("train")
-        lengths = rows.lengths if self.bucket else None
+        lengths = rows.lengths if self.bucketed else None
         if self.balance == "none":
             plain = training_sampler(len(rows), self.batch_size, self.seed, self.trainer, "pairs", lengths)
             return self._loader(rows, plain)

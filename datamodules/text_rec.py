@@ -97,6 +97,7 @@ class TextRecData(LoaderMixin, LightningDataModule):
         target_seed: Of the draw of targets.
         shilling: "random" or "bandwagon" adds fake users to the training sequences; see `ShillingInjector`.
         shilling_share: Fake users per real user.
+        bucketed: Whether training batches have histories of about one length: less padding.
         batch_size: Training batch of one process.
         eval_batch_size: Batch of one process in validation, test and prediction.
         num_workers: Worker processes; 0 is the fastest, as a batch is one gather.
@@ -138,6 +139,7 @@ class TextRecData(LoaderMixin, LightningDataModule):
         target_seed: int = 42,
         shilling: str | None = None,
         shilling_share: float = 0.01,
+        bucketed: bool = False,
         batch_size: int = 128,
         eval_batch_size: int = 512,
         num_workers: int = 0,
@@ -159,7 +161,7 @@ class TextRecData(LoaderMixin, LightningDataModule):
         self.targets, self.target_share = targets, target_share
         self.num_targets, self.target_seed = num_targets, target_seed
         self.shilling, self.shilling_share = shilling, shilling_share
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.bucketed, self.batch_size, self.eval_batch_size = bucketed, batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._parts: dict[str, TextRecRows] = {}
@@ -378,7 +380,10 @@ class TextRecData(LoaderMixin, LightningDataModule):
     def train_dataloader(self) -> BatchLoader:
         """Training batches in an order keyed by seed and epoch; all ranks have equal batches."""
         rows = self._rows("train")
-        return self._loader(rows, training_sampler(len(rows), self.batch_size, self.seed, self.trainer, "samples"))
+        lengths = rows.lengths if self.bucketed else None
+        return self._loader(
+            rows, training_sampler(len(rows), self.batch_size, self.seed, self.trainer, "samples", lengths)
+        )
 
     def _users_loader(self, part: str) -> BatchLoader:
         rows = self._rows(part)

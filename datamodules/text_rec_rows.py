@@ -231,6 +231,7 @@ class TextRecRows(Dataset[TextRecBatch]):
         unseen: UnseenItems | None = None,
     ) -> None:
         self.sequences, self.asked, self.max_history, self.unseen = sequences, asked, max_history, unseen
+        self.lengths = (asked.ends - asked.starts).clamp(max=max_history)
         self.candidate_ids = torch.zeros(len(asked.ends), 0, dtype=torch.int64)
         if candidate_ids is not None:
             self.candidate_ids = candidate_ids
@@ -259,7 +260,7 @@ class TextRecRows(Dataset[TextRecBatch]):
             rows: int64 `(batch,)`.
         """
         starts, ends, user_ids, item_ids, labels = (values[rows] for values in self.asked)
-        lengths = (ends - starts).clamp(max=self.max_history)
+        lengths = self.lengths[rows]
         # A column of padding stands where nobody has a history: models need no case for width 0.
         columns = torch.arange(max(int(lengths.max()) if len(rows) else 0, 1))
         filled = columns < lengths[:, None]
@@ -282,7 +283,7 @@ class TextRecRows(Dataset[TextRecBatch]):
 
     def by_length(self) -> Tensor:
         """Rows from the shortest history to the longest, int64 `(rows,)`: equal lengths need no padding."""
-        return (self.asked.ends - self.asked.starts).clamp(max=self.max_history).argsort(stable=True)
+        return self.lengths.argsort(stable=True)
 
 
 class TargetRows(Dataset[TargetBatch]):

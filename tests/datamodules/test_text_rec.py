@@ -426,3 +426,11 @@ def test_evaluation_can_ask_about_a_few_users_who_keep_their_candidates() -> Non
         assert drawn.candidate_ids.equal(whole.candidate_ids[rows])
     assert few.whole("train").item_ids.equal(every.whole("train").item_ids)
     assert len(TextRecData(**options, eval_users=10**6).whole("test").user_ids) == len(every.whole("test").user_ids)
+
+
+def test_only_a_bucketed_batch_has_histories_of_about_one_length() -> None:
+    def padding(bucketed: bool) -> float:
+        data = TextRecData(**SMALL, batch_size=16, seed=0, bucketed=bucketed)
+        return sum(float((batch.history < 0).float().sum()) for batch in data.train_dataloader())
+
+    assert padding(True) < 0.5 * padding(False)
