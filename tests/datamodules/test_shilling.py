@@ -113,3 +113,12 @@ def test_what_cannot_be_injected_is_refused() -> None:
         ShillingInjector(lambda *_: wrong)(items, offsets, torch.tensor([1]), NUM_ITEMS)
     with pytest.raises(ValueError, match=r"fillers \(1, 19\), expected \(1, 20\)"):
         ShillingInjector(lambda *_: wrong[:, 1:])(items, offsets, torch.tensor([1]), NUM_ITEMS)
+
+
+@pytest.mark.parametrize("generator", ["random", "bandwagon"])
+def test_profiles_are_never_longer_than_the_catalogue(generator: str) -> None:
+    items, offsets = torch.tensor([0, 1, 2, 0, 1, 2, 0]), torch.tensor([0, 7])
+    found = ShillingInjector(generator, 1.0)(items, offsets, torch.tensor([1]), 3)
+    assert found.item_ids[7:-1].sort().values.tolist() == [0, 2]
+    assert found.item_ids[-1] == 1
+    assert found.offsets.tolist() == [0, 7, 10]
