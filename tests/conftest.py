@@ -12,6 +12,7 @@ os.environ["WANDB_SILENT"] = "true"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 os.environ.pop("ZOO_DEBUG", None)
 
+import gc
 import hashlib
 import sys
 import warnings
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real" in item.keywords:
             item.add_marker(reason)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was collected out of garbage collection: it stays, and forked processes would copy it to look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
