@@ -259,7 +259,7 @@ class TextRecRows(Dataset[TextRecBatch]):
         Args:
             rows: int64 `(batch,)`.
         """
-        starts, ends, user_ids, item_ids, labels = (values[rows] for values in self.asked)
+        _, ends, user_ids, item_ids, labels = (values[rows] for values in self.asked)
         lengths = self.lengths[rows]
         # A column of padding stands where nobody has a history: models need no case for width 0.
         columns = torch.arange(max(int(lengths.max()) if len(rows) else 0, 1))

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was collected out of garbage collection: it stays, and forked processes would copy it to look at it."""
+    """Leave what was collected out of garbage collection: it stays, and forked processes would copy it to look."""
     gc.collect()
     gc.freeze()
 

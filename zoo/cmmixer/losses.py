@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.common.contrastive import gather_rows, info_nce, nt_xent, world_size
+from zoo.common.contrastive import gather_rows, info_nce, nt_xent
+from zoo.common.distributed import world_size
 
 RETRIEVAL_LOSSES = ("nt_xent", "infonce", "triplet")
 

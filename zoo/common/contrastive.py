@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.common.distributed import world_size
+
 
 def nt_xent_from_similarity(similarity: Tensor) -> Tensor:
     """NT-Xent of 2B views from their similarities.
@@ -168,11 +170,6 @@ def gather_rows(
         dist.all_gather(parts, sample_ids.contiguous())
         sample_ids = torch.cat(parts)
     return GatheredRows(all_first, all_second, sample_ids, own + dist.get_rank() * len(first))
-
-
-def world_size() -> int:
-    """Number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _check_processes(rows: Tensor, sample_ids: Tensor | None) -> None:

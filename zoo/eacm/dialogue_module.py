@@ -12,7 +12,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from zoo.common.contrastive import world_size
+from zoo.common.distributed import global_mean
 from zoo.common.predictions import PredictionFile
 from zoo.eacm.evaluation_options import EvaluationOptions
 from zoo.eacm.reply_evaluation import ReplyEvaluation
@@ -35,21 +35,6 @@ EVALUATION = tuple(field.name for field in fields(EvaluationOptions) if field.na
 Emotion = int | str | Sequence[float] | Tensor | None
 """What steers a reply: nothing (the model chooses), a class or its name, a distribution for all posts, a class for each
 post (int64 `(posts,)`), or a distribution for each (float `(posts, num_emotions)`)."""
-
-
-def global_mean(values: Tensor, counted: Tensor) -> Tensor:
-    """Mean of the values that count, such that its average over processes is the mean over all; 0 of none.
-
-    Args:
-        values: `(batch,)`.
-        counted: bool `(batch,)`, or weights.
-    """
-    weights = counted.to(values.dtype)
-    total = weights.sum()
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-        total = total / world_size()
-    return (values * weights).sum() / total.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 class DialogueModule(LightningModule):

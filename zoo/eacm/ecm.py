@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.common.distributed import global_mean
 from zoo.eacm.decoder import EmotionDecoder, Setting
-from zoo.eacm.dialogue_module import EVALUATION, Emotion, global_mean
+from zoo.eacm.dialogue_module import EVALUATION, Emotion
 from zoo.eacm.encoder import PostEncoder
 from zoo.eacm.gold import gold_shares, known_gold
 from zoo.eacm.lexicon import EmotionLexicon

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo.common.contrastive import world_size
+from zoo.common.distributed import world_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from zoo.common.contrastive import world_size
+from zoo.common.distributed import global_mean
 from zoo.common.evaluation import evaluation
 from zoo.common.predictions import PredictionFile
 from zoo.eacm.emotion_metrics import Head, SelectorMetrics
@@ -291,14 +291,7 @@ class EmotionTagger(LightningModule):
     def training_step(self, batch: Dialogues, batch_idx: int) -> Tensor:
         """The mean loss of the examples whose emotion is known; 0 without one."""
         logits, targets, known = self.examples(batch)
-        count = known.sum().float()
-        if world_size() > 1:
-            # Gradients are averaged over processes, which may know of different numbers of emotions.
-            torch.distributed.all_reduce(count)
-            count = count / world_size()
-        losses = emotion_losses(logits, targets, self.head)
-        # Multiplied, so that parameters have gradients in every process.
-        loss = (losses * known).sum() / torch.where(count > 0, count, 1.0)
+        loss = global_mean(emotion_losses(logits, targets, self.head), known)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch.post_ids))
         return loss
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.common.contrastive import world_size
+from zoo.common.distributed import count_per_process
 from zoo.common.schedules import WarmupLinear
 from zoo.text_attack.answer_scores import answer_probability
 from zoo.text_attack.language_models import build_decoder, num_tokens
@@ -33,14 +33,6 @@ if TYPE_CHECKING:
     from zoo.text_attack.types import RecBatch
 
 LOSSES = ("all", "answer")
-
-
-def tokens_per_process(count: Tensor) -> Tensor:
-    """Mean over processes of a number of tokens: a sum divided by it, averaged over processes, is the mean over all."""
-    total = count.float()
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return (total / world_size()).clamp(min=1)
 
 
 class DecoderRec(PointwiseRec):
@@ -160,7 +152,7 @@ class DecoderRec(PointwiseRec):
             counts = counts & (place <= tables.table.lengths[ending][:, None])
         labels = torch.where(counts, ids[:, 1:], -100)[:, -(logits.shape[1] - 1) :]
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return losses / tokens_per_process((labels >= 0).sum())
+        return losses / count_per_process((labels >= 0).sum()).clamp(min=1)
 
     def whole_block_scores(self, block: Block) -> Tensor:
         """Probabilities of yes, each prompt on its own."""

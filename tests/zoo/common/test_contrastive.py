@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
 from tests.ranks import run_ranks
-from zoo.common.contrastive import gather_rows, info_nce, nt_xent, nt_xent_from_similarity, world_size
+from zoo.common.contrastive import gather_rows, info_nce, nt_xent, nt_xent_from_similarity
+from zoo.common.distributed import world_size
 
 Loss = Callable[..., Tensor]
 

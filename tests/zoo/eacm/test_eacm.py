@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.zoo.eacm.dialogues import NUM_EMOTIONS, WORDS, dialogues, rows_of, widened
-from zoo.eacm.dialogue_module import global_mean
 from zoo.eacm.eacm import EACM, EmoEmb, Seq2Seq
 from zoo.eacm.vocabulary import DialogueVocabulary
 
@@ -131,10 +130,6 @@ def test_the_loss_is_the_weighted_sum() -> None:
     terms = model(lambda_emotion=0.3).losses(dialogues())
     torch.testing.assert_close(terms["loss"], terms["reply"] + 0.3 * (terms["post_emotion"] + terms["reply_emotion"]))
     assert set(model(emotion_source="none").losses(dialogues())) == {"reply", "loss"}
-
-
-def test_a_mean_of_nothing_is_zero() -> None:
-    assert global_mean(torch.ones(3), torch.zeros(3, dtype=torch.bool)) == 0
 
 
 def test_steps_say_what_the_whole_says() -> None:
