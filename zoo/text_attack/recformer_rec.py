@@ -48,6 +48,8 @@ class RecFormerRec(TextRecVictim):
         mlm_weight: Weight of a masked language model's loss on histories and items (0.1 in pre-training).
         mlm_probability: Share of words that are masked for it.
         mask_seen: Whether evaluation takes items of the history out of the ranking.
+        length_groups: Groups of about one length in which the histories of a training batch go through the encoder: the
+            same loss with less padding. Pays where a step is long against the start of its operations.
         encode_batch: Sequences that go through the encoder at once where no gradient is needed.
         top_k: Length of predicted lists.
         lr: Highest learning rate of AdamW.
@@ -84,6 +86,7 @@ class RecFormerRec(TextRecVictim):
         mlm_weight: float = 0.0,
         mlm_probability: float = 0.15,
         mask_seen: bool = False,
+        length_groups: int = 1,
         encode_batch: int = 512,
         top_k: int = 10,
         lr: float = 5e-5,
@@ -105,14 +108,14 @@ class RecFormerRec(TextRecVictim):
                 raise ValueError(f"{name} must be positive, got {value}")
         if min(mlm_weight, weight_decay) < 0:
             raise ValueError(f"mlm_weight and weight_decay must not be negative, got {mlm_weight}, {weight_decay}")
-        if min(encode_batch, top_k) < 1 or max_attr_length < 2:
+        if min(length_groups, encode_batch, top_k) < 1 or max_attr_length < 2:
             raise ValueError(
-                f"encode_batch and top_k must be at least 1 and max_attr_length 2, got {encode_batch}, {top_k}, "
-                f"{max_attr_length}"
+                f"length_groups, encode_batch and top_k must be at least 1 and max_attr_length 2, got {length_groups}, "
+                f"{encode_batch}, {top_k}, {max_attr_length}"
             )
         self.max_attr_length, self.max_items, self.max_tokens = max_attr_length, max_items, max_tokens
         self.temperature, self.objective, self.mask_seen = temperature, objective, mask_seen
-        self.encode_batch, self.top_k = encode_batch, top_k
+        self.length_groups, self.encode_batch, self.top_k = length_groups, encode_batch, top_k
         self.lr, self.weight_decay = lr, weight_decay
         pad_id, size = 0, vocab_size
         if tokenizer != "train":
@@ -188,6 +191,15 @@ class RecFormerRec(TextRecVictim):
         """Unit vectors `(batch, hidden_size)`, in float32 also under autocast."""
         return F.normalize(self.recformer(sequence).float(), dim=-1)
 
+    def history_vectors(self, history: Tensor, groups: int) -> Tensor:
+        """Unit vectors `(batch, hidden_size)` of histories (see `history_sequences`), encoded in groups by length."""
+        history = history[:, : self.max_items]
+        tokens = self.title_lengths[history.clamp(min=0)].masked_fill(history < 0, 0).sum(1)
+        order = tokens.argsort(stable=True)
+        parts = order.tensor_split(max(1, min(groups, len(order))))
+        found = torch.cat([self.vectors(self.history_sequences(history[rows])) for rows in parts])
+        return found[order.argsort()]
+
     def _cosines(self, users: Tensor, items: Tensor) -> Tensor:
         # In float32 also under autocast: rounded cosines tie.
         with torch.autocast(self.device.type, enabled=False):
@@ -197,8 +209,7 @@ class RecFormerRec(TextRecVictim):
         """Cross-entropy of the next item; with `mlm_weight` also of masked words."""
         # The weights are about to change.
         self._item_vectors = None
-        histories = self.history_sequences(batch.history)
-        users = self.vectors(histories)
+        users = self.history_vectors(batch.history, self.length_groups)
         if self.objective == "inbatch":
             alone = self.item_sequences(self.item_ids[batch.item_ids], self.item_lengths[batch.item_ids])
             items = self.vectors(alone)
@@ -208,6 +219,7 @@ class RecFormerRec(TextRecVictim):
             alone = None
             loss = F.cross_entropy(self._cosines(users, self.item_table) / self.temperature, batch.item_ids)
         if self.masked_titles is not None:
+            histories = self.history_sequences(batch.history)
             sequences = [histories] if alone is None else [histories, alone]
             masked = torch.stack([self.masked_titles(sequence, self.tokenizer) for sequence in sequences]).mean()
             loss = loss + self.mlm_weight * masked
@@ -242,8 +254,7 @@ class RecFormerRec(TextRecVictim):
         """Unit vectors `(users, hidden_size)` of histories; float32, evaluation mode."""
         history = batch.history.to(self.device)
         with evaluation(self), torch.autocast(self.device.type, enabled=False):
-            parts = torch.split(history, self.encode_batch)
-            return torch.cat([self.vectors(self.history_sequences(part)) for part in parts])
+            return self.history_vectors(history, -(-len(history) // self.encode_batch))
 
     def score(self, users: Tensor, texts: list[str], item_ids: Tensor | None = None) -> Tensor:
         """Cosines `(users, texts)`."""

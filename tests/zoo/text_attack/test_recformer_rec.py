@@ -145,6 +145,32 @@ def test_scores_are_cosines_of_titles_whatever_the_batch_and_the_precision() -> 
     assert model.title_tokens([])[0].shape == (0, 32)
 
 
+@pytest.mark.parametrize("groups", [2, 4, 99])
+def test_groups_by_length_have_the_same_loss_and_gradients_with_less_padding(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    history = torch.tensor([[3, 4, 5, 6], [3, -1, -1, -1], [-1] * 4, [5, 6, 1, 2], [2, 1, -1, -1], [6, -1, -1, -1]])
+    found, sizes = [], []
+    for number in (1, groups):
+        model, places = made(length_groups=number), list[int]()
+        vectors = model.vectors
+
+        def seen(sequence: Any, vectors: Any = vectors, places: list[int] = places) -> Tensor:
+            places.append(sequence.input_ids.numel())
+            return vectors(sequence)
+
+        monkeypatch.setattr(model, "vectors", seen)
+        loss = model.loss(batch()._replace(history=history))
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+        sizes.append(places)
+    assert [len(places) for places in sizes] == [2, min(groups, 6) + 1]
+    assert sum(sizes[1]) < 0.8 * sum(sizes[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_losses_are_in_full_precision_under_autocast() -> None:
     model = made(objective="full_softmax", num_items=len(TITLES))
     model.begin_epoch()
@@ -224,8 +250,9 @@ def test_kept_vectors_are_forgotten_when_titles_or_weights_change() -> None:
         ({"mlm_weight": -0.1}, "mlm_weight and weight_decay must not be negative, got -0.1"),
         ({"weight_decay": -0.1}, "mlm_weight and weight_decay must not be negative"),
         ({"encode_batch": 0}, "encode_batch and top_k must be at least 1"),
+        ({"length_groups": 0}, "length_groups"),
         ({"top_k": 0}, "encode_batch and top_k must be at least 1"),
-        ({"max_attr_length": 1}, "max_attr_length 2, got 512, 10, 1"),
+        ({"max_attr_length": 1}, "max_attr_length 2, got 1, 512, 10, 1"),
         ({"mlm_weight": 0.1, "mlm_probability": 1.0}, "mlm_probability must be between 0 and 1"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
         ({"max_items": 0}, "max_items must be at least 1"),
