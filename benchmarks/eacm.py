@@ -99,14 +99,14 @@ class Batch(NamedTuple):
     reply_text: list[str]
 
 
-def random_batch(sizes: Sizes, vocab_size: int, full: bool = True) -> Batch:
+def random_batch(sizes: Sizes, full: bool = True) -> Batch:
     """Posts of different lengths and replies that end: of full length, or around the mean with one of full length."""
     draw = torch.Generator().manual_seed(1)
     lengths = torch.randint((sizes.post + 1) // 2, sizes.post + 1, (sizes.batch,), generator=draw)
     lengths[0] = sizes.post
     mask = torch.arange(sizes.post) < lengths[:, None]
-    posts = torch.randint(4, vocab_size, mask.shape, generator=draw) * mask
-    words = torch.randint(4, vocab_size, (sizes.batch, sizes.reply - 1), generator=draw)
+    posts = torch.randint(4, sizes.vocab_size, mask.shape, generator=draw) * mask
+    words = torch.randint(4, sizes.vocab_size, (sizes.batch, sizes.reply - 1), generator=draw)
     first, last = (torch.full((sizes.batch, 1), token) for token in (GO_ID, EOS_ID))
     kinds = torch.randint(0, sizes.num_emotions, (2, sizes.batch), generator=draw)
     emotions = torch.nn.functional.one_hot(kinds, sizes.num_emotions).float()
@@ -124,12 +124,12 @@ def random_batch(sizes: Sizes, vocab_size: int, full: bool = True) -> Batch:
     )  # fmt: skip
 
 
-def new_model(sizes: Sizes, vocab_size: int, kind: type[EACM] = EACM) -> EACM:
+def new_model(sizes: Sizes, kind: type[EACM] = EACM) -> EACM:
     """A model with random weights, the same each time."""
     torch.manual_seed(0)
     return kind(
-        vocab_size, vocab_size, sizes.num_emotions, sizes.hidden_size, sizes.num_layers, sizes.embedding_size,
-        sizes.embedding_size, max_length=sizes.reply, decoding="beam", beam_size=sizes.beam_size,
+        sizes.vocab_size, sizes.vocab_size, sizes.num_emotions, sizes.hidden_size, sizes.num_layers,
+        sizes.embedding_size, sizes.embedding_size, max_length=sizes.reply, decoding="beam", beam_size=sizes.beam_size,
     )  # fmt: skip
 
 
@@ -144,8 +144,8 @@ class BeamBench:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        self.sizes, self.batch = sizes, random_batch(sizes, sizes.vocab_size)
-        self.model = new_model(sizes, sizes.vocab_size).eval()
+        self.sizes, self.batch = sizes, random_batch(sizes)
+        self.model = new_model(sizes).eval()
         decoder = self.model.decoder
         with torch.no_grad():
             # So that replies depend on their posts.
@@ -242,9 +242,9 @@ class StepwiseEACM(EACM):
         return Scored(nll, batch.reply_mask.sum(1), selection, shares)
 
 
-def stepwise_model(sizes: Sizes, vocab_size: int) -> StepwiseEACM:
+def stepwise_model(sizes: Sizes) -> StepwiseEACM:
     """The published form of `new_model`, with the same weights."""
-    model = new_model(sizes, vocab_size, StepwiseEACM)
+    model = new_model(sizes, StepwiseEACM)
     assert isinstance(model, StepwiseEACM)
     model.stepwise = PlainDecoder(model.decoder)
     del model.decoder
@@ -317,9 +317,8 @@ def training_cases(sizes: Sizes) -> list[Case]:
 
 def training_case(sizes: Sizes, full: bool) -> Case:
     """Forward and backward of a batch; 1.5x is asked for where replies have their usual lengths."""
-    vocab_size = sizes.vocab_size
-    batch = random_batch(sizes, vocab_size, full)
-    ours, plain = new_model(sizes, vocab_size), stepwise_model(sizes, vocab_size)
+    batch = random_batch(sizes, full)
+    ours, plain = new_model(sizes), stepwise_model(sizes)
     steps = step_of(ours, batch), step_of(plain, batch)
     losses = [step() for step in steps]
     largest = difference_of_gradients(ours, plain)
@@ -332,7 +331,7 @@ def training_case(sizes: Sizes, full: bool) -> Case:
         "their tensor's largest at most; selector and encoder are the same; reference: word, [word; context], emotion, "
         "logits and loss in each step, of all replies until the longest ends"
     )
-    name = f"training step, {vocab_size:,} words" + (", replies without padding" if full else "")
+    name = f"training step, {sizes.vocab_size:,} words" + (", replies without padding" if full else "")
     return Case(name, timed(steps[0]), timed(steps[1]), None if full else 1.5, note)
 
 
@@ -341,8 +340,8 @@ def training_case(sizes: Sizes, full: bool) -> Case:
 
 def throughput_cases(sizes: Sizes) -> list[Case]:
     """The full training step beside that of a plain sequence-to-sequence model."""
-    batch = random_batch(sizes, sizes.vocab_size)
-    ours = new_model(sizes, sizes.vocab_size)
+    batch = random_batch(sizes)
+    ours = new_model(sizes)
     torch.manual_seed(0)
     plain = PlainSeq2Seq(sizes.vocab_size, sizes.embedding_size, sizes.hidden_size, sizes.num_layers)
     plain_optimizer = sgd(plain)

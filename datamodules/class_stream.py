@@ -318,7 +318,7 @@ class ClassStreamData(LoaderMixin, LightningDataModule):
         sampler = StreamSampler(len(dataset), self.iterations_per_task)
         if self.trainer is not None:
             follow(sampler, self.trainer)
-        return self._loader(dataset, sampler, 1)
+        return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> list[BatchLoader]:
         """A loader for each task: of the images held out of training, or, where none are, of the test images.
@@ -339,4 +339,4 @@ class ClassStreamData(LoaderMixin, LightningDataModule):
         """Every image once, over all processes, in order."""
         rows = [EvalRows(*self._parts.table(task, part)[:2]) for task in range(len(self.task_classes))]
         size = self.eval_batch_size
-        return [self._loader(found, KeyedSampler(len(found), size), size) for found in rows]
+        return [self._loader(found, KeyedSampler(len(found), size)) for found in rows]

@@ -408,13 +408,13 @@ class ClassificationTasksData(LoaderMixin, LightningDataModule):
             rows[task] = TaskRows(task, found.images, labels, self._normalise, self.rows_only and not alone)
         ranks = {"num_replicas": 1, "rank": 0} if alone else {}
         streams = TaskStreams(rows, batch_size or self.batch_size, run_seed(self.seed), **ranks)
-        return self._loader(streams, step_sampler(steps or len(streams), None if alone else self.trainer), 1)
+        return self._loader(streams, step_sampler(steps or len(streams), None if alone else self.trainer))
 
     def eval_loader(self, task: str, part: str) -> BatchLoader:
         """Every image of a part once, over all processes, in order; see `images` for the parts."""
         found = self._part(task, part)
         rows = TaskRows(task, found.images, None if part == "stream" else found.labels, self._normalise)
-        return self._loader(rows, KeyedSampler(len(rows), self.eval_batch_size), self.eval_batch_size)
+        return self._loader(rows, KeyedSampler(len(rows), self.eval_batch_size))
 
     def train_dataloader(self) -> BatchLoader:
         """Dicts by task of `batch_size` images each."""

@@ -314,7 +314,6 @@ class LoaderMixin:
     num_workers: int
     pin_memory: bool
 
-    def _loader(self, rows: Dataset[Any], sampler: KeyedSampler, overfit_batch_size: int | None = None) -> BatchLoader:
-        size = sampler.batch_size if overfit_batch_size is None else overfit_batch_size
+    def _loader(self, rows: Dataset[Any], sampler: KeyedSampler) -> BatchLoader:
         workers = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        return BatchLoader(rows, sampler=sampler, overfit_batch_size=size, **workers)
+        return BatchLoader(rows, sampler=sampler, overfit_batch_size=sampler.batch_size, **workers)

@@ -117,10 +117,10 @@ def test_a_reply_that_goes_on_after_the_other_is_not_the_same() -> None:
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_both_decoders_have_the_same_loss_and_gradients(num_layers: int) -> None:
     sizes = replace(SIZES, num_layers=num_layers)
-    batch = random_batch(sizes, sizes.vocab_size, full=False)
+    batch = random_batch(sizes, full=False)
     assert batch.reply_mask.any(1).all()
     assert not batch.reply_mask.all()
-    ours, plain = new_model(sizes, sizes.vocab_size), stepwise_model(sizes, sizes.vocab_size)
+    ours, plain = new_model(sizes), stepwise_model(sizes)
     assert step_of(ours, batch)() == pytest.approx(step_of(plain, batch)(), abs=1e-5)
     assert set(gradients(ours)) == {name for name, _ in ours.named_parameters()}
     assert difference_of_gradients(ours, plain) < TOLERANCE
@@ -128,7 +128,7 @@ def test_both_decoders_have_the_same_loss_and_gradients(num_layers: int) -> None
 
 def test_replies_of_different_lengths_end_once_and_are_padded_after_it() -> None:
     sizes = replace(SIZES, batch=200, reply=9, reply_mean=4)
-    batch = random_batch(sizes, sizes.vocab_size, full=False)
+    batch = random_batch(sizes, full=False)
     lengths = batch.reply_mask.sum(1)
     assert lengths[0] == 9
     assert set(lengths[1:].tolist()) == set(range(1, 8))
@@ -136,12 +136,12 @@ def test_replies_of_different_lengths_end_once_and_are_padded_after_it() -> None
     assert batch.reply_out.gather(1, lengths[:, None] - 1).eq(EOS_ID).all()
     for tokens in (batch.reply_in, batch.reply_out):
         assert tokens.ne(0).equal(batch.reply_mask)
-    assert random_batch(sizes, sizes.vocab_size).reply_mask.all()
+    assert random_batch(sizes).reply_mask.all()
 
 
 def test_gradients_that_differ_or_are_missing_are_seen() -> None:
-    batch = random_batch(SIZES, SIZES.vocab_size)
-    ours, plain = new_model(SIZES, SIZES.vocab_size), stepwise_model(SIZES, SIZES.vocab_size)
+    batch = random_batch(SIZES)
+    ours, plain = new_model(SIZES), stepwise_model(SIZES)
     for model in (ours, plain):
         step_of(model, batch)()
     grad = plain.stepwise.query.grad
@@ -154,7 +154,7 @@ def test_gradients_that_differ_or_are_missing_are_seen() -> None:
 
 
 def test_gradients_are_of_one_batch_however_often_a_step_is_taken() -> None:
-    model, batch = new_model(SIZES, SIZES.vocab_size), random_batch(SIZES, SIZES.vocab_size)
+    model, batch = new_model(SIZES), random_batch(SIZES)
     step = step_of(model, batch)
     first = (step(), {name: value.clone() for name, value in gradients(model).items()})
     assert step() == first[0]
@@ -163,7 +163,7 @@ def test_gradients_are_of_one_batch_however_often_a_step_is_taken() -> None:
 
 def test_the_plain_model_reads_the_post_and_the_words_before() -> None:
     torch.manual_seed(0)
-    model, batch = PlainSeq2Seq(SIZES.vocab_size, 6, 8, 2), random_batch(SIZES, SIZES.vocab_size)
+    model, batch = PlainSeq2Seq(SIZES.vocab_size, 6, 8, 2), random_batch(SIZES)
     logits = model(batch.post_ids, batch.reply_in)
     assert logits.shape == (SIZES.batch, SIZES.reply, SIZES.vocab_size)
     changed = batch.reply_in.clone()

@@ -22,7 +22,7 @@ def count_per_process(count: Tensor) -> Tensor:
         count: A scalar; all processes must ask.
 
     Returns:
-        A scalar, float32 (float64 for float64).
+        A scalar of the count's dtype, float32 for whole numbers.
     """
     total = count.clone() if count.is_floating_point() else count.float()
     if world_size() > 1:
